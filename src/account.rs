@@ -1,0 +1,177 @@
+//! What a fork tree holds, counted as it is made and dropped, and the limits that hold it.
+//!
+//! A [`Ledger`] is shared by a VM, its clones and their fork points. Whatever is charged to it gives itself back on drop, so the
+//! totals are exact and a leak is a number that does not return to where it was. Counters only: no locks, no
+//! knowledge of what a page or a layer is.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::page::{ByteSize, PageCount};
+
+/// Limits on one fork tree. Reaching one is an error that names it; nothing is changed by the call that failed.
+///
+/// ```
+/// use offshoot::{Limits, page::PageCount};
+/// let limits = Limits { heap_pages: PageCount::new(1000), ..Limits::default() };
+/// assert!(limits.mappings_per_vm >= 1);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Pages that the heap backing may hold, all relatives together.
+    pub heap_pages: PageCount,
+    /// Kernel mappings that one VM's RAM may be made of. A fork of a diverged VM whose dirty pages are so scattered that they would
+    /// need more is refused or coalesced; the process as a whole may have `vm.max_map_count`.
+    pub mappings_per_vm: u64,
+    /// Forks between a VM and its first ancestor. Refused at the fork, never at a read.
+    pub depth: u32,
+    /// Bytes of device state that one fork point may carry in encoded form.
+    pub device_state: ByteSize,
+}
+
+impl Default for Limits {
+    /// No bound on heap pages, 8,192 mappings a VM, 65,536 levels, 256 MiB of device state.
+    fn default() -> Self {
+        Self {
+            heap_pages: PageCount::new(u64::MAX),
+            mappings_per_vm: 8192,
+            depth: 65_536,
+            device_state: ByteSize::mib(256),
+        }
+    }
+}
+
+/// What one space (a VM's RAM, or one disk) holds, in pages of its own page size. Every page is counted once:
+/// `private + shared + zero` is the whole space.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Usage {
+    /// Pages written since this VM's last fork point: nobody else reads them.
+    pub private: PageCount,
+    /// Pages read from sealed layers or the base image.
+    pub shared: PageCount,
+    /// Pages that read as zeroes and take no memory: discarded, or never written with nothing below.
+    pub zero: PageCount,
+    /// Bytes of the tables that this VM alone has made since its last fork point.
+    pub table_bytes: ByteSize,
+    /// Sealed layers that hold the shared pages.
+    pub layers: u32,
+    /// Fork points between this space and its first ancestor.
+    pub depth: u32,
+}
+
+/// What a whole fork tree holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TreeUsage {
+    /// VMs alive.
+    pub vms: u64,
+    /// Fork points that somebody still names.
+    pub fork_points: u64,
+    /// Sealed images (one per space and cut) that somebody still names.
+    pub images: u64,
+    /// Sealed memory files alive.
+    pub memory_files: u64,
+    /// Pages alive on the heap, private and shared together.
+    pub heap_pages: PageCount,
+}
+
+/// The counters of one fork tree.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    limits: Limits,
+    vms: AtomicU64,
+    fork_points: AtomicU64,
+    images: AtomicU64,
+    memory_files: AtomicU64,
+    heap_pages: AtomicU64,
+}
+
+/// A thing that a [`Ledger`] counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Item {
+    Vm,
+    ForkPoint,
+    Image,
+    MemoryFile,
+    HeapPage,
+}
+
+/// One counted thing; gives itself back on drop.
+#[derive(Debug)]
+pub(crate) struct Charge {
+    ledger: Arc<Ledger>,
+    item: Item,
+}
+
+impl Ledger {
+    pub(crate) fn new(limits: Limits) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            vms: AtomicU64::new(0),
+            fork_points: AtomicU64::new(0),
+            images: AtomicU64::new(0),
+            memory_files: AtomicU64::new(0),
+            heap_pages: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn counter(&self, item: Item) -> &AtomicU64 {
+        match item {
+            Item::Vm => &self.vms,
+            Item::ForkPoint => &self.fork_points,
+            Item::Image => &self.images,
+            Item::MemoryFile => &self.memory_files,
+            Item::HeapPage => &self.heap_pages,
+        }
+    }
+
+    pub(crate) fn charge(self: &Arc<Self>, item: Item) -> Charge {
+        self.counter(item).fetch_add(1, Ordering::Relaxed);
+        Charge { ledger: self.clone(), item }
+    }
+
+    /// Charges a heap page, or `None` at the limit.
+    pub(crate) fn charge_heap_page(self: &Arc<Self>) -> Option<Charge> {
+        let charge = self.charge(Item::HeapPage);
+        // Counted first and given back by the drop, so that two threads at the limit cannot both pass it.
+        (self.heap_pages.load(Ordering::Relaxed) <= self.limits.heap_pages.get()).then_some(charge)
+    }
+
+    pub(crate) fn usage(&self) -> TreeUsage {
+        let read = |item| self.counter(item).load(Ordering::Relaxed);
+        TreeUsage {
+            vms: read(Item::Vm),
+            fork_points: read(Item::ForkPoint),
+            images: read(Item::Image),
+            memory_files: read(Item::MemoryFile),
+            heap_pages: PageCount::new(read(Item::HeapPage)),
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.ledger.counter(self.item).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn charges_return_and_the_limit_holds() {
+        let ledger = Ledger::new(Limits { heap_pages: PageCount::new(2), ..Limits::default() });
+        let first = ledger.charge_heap_page();
+        let second = ledger.charge_heap_page();
+        assert!(first.is_some() && second.is_some() && ledger.charge_heap_page().is_none());
+        assert_eq!(ledger.usage().heap_pages.get(), 2);
+        drop(first);
+        assert!(ledger.charge_heap_page().is_some());
+        drop(second);
+        assert_eq!(ledger.usage(), TreeUsage::default());
+    }
+}

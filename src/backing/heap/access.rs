@@ -1,0 +1,253 @@
+//! Reading and writing a heap space: what one access does to one page, and the view that makes many accesses cheap.
+//!
+//! Runs under the space's lock held shared, and takes no other but the leaf lock of the next index when a page is made
+//! private. Must not cut, reset or discard.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use parking_lot::RwLockReadGuard;
+
+use super::page::{Page, PageBody, WORD};
+use super::{Heap, PageArc, State};
+use crate::error::SpaceError;
+use crate::overlay::PageState;
+use crate::page::{ByteOffset, ByteSize, Geometry, PageIndex, PageRange};
+
+/// An access as the pages it touches: (page, byte within it, range of the caller's buffer).
+fn pieces(
+    geometry: Geometry,
+    at: ByteOffset,
+    len: usize,
+) -> impl Iterator<Item = (PageIndex, usize, std::ops::Range<usize>)> {
+    let page_bytes = geometry.page_size().bytes().get();
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        (done < len).then(|| {
+            let here = at.get() + done as u64;
+            let within = (here & (page_bytes - 1)) as usize;
+            let take = (page_bytes as usize - within).min(len - done);
+            done += take;
+            (geometry.page_size().page_of(ByteOffset::new(here)), within, done - take..done)
+        })
+    })
+}
+
+impl<B: PageBody> State<B> {
+    #[inline]
+    fn lookup(&self, page: PageIndex) -> PageState<&PageArc<B>> {
+        match self.live.get(page) {
+            Some(own) => PageState::Data(own),
+            None => self.below.get(page),
+        }
+    }
+
+    pub(super) fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
+        self.geometry.check(at, ByteSize::new(buf.len() as u64))?;
+        // Neighbouring pages that lie in the base image are read in one call.
+        let mut from_base = 0..0;
+        for (page, within, part) in pieces(self.geometry, at, buf.len()) {
+            match self.lookup(page) {
+                PageState::Absent => {
+                    if from_base.end != part.start {
+                        self.read_base(at, from_base.clone(), buf)?;
+                        from_base = part.start..part.start;
+                    }
+                    from_base.end = part.end;
+                }
+                PageState::Zero => buf[part].fill(0),
+                PageState::Data(data) => data.read(within, &mut buf[part]),
+            }
+        }
+        self.read_base(at, from_base, buf)
+    }
+
+    fn read_base(&self, at: ByteOffset, part: std::ops::Range<usize>, buf: &mut [u8]) -> Result<(), SpaceError> {
+        if part.is_empty() {
+            return Ok(());
+        }
+        self.origin.read_base(ByteOffset::new(at.get() + part.start as u64), &mut buf[part])
+    }
+
+    pub(super) fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError> {
+        self.geometry.check(at, ByteSize::new(data.len() as u64))?;
+        for (page, within, part) in pieces(self.geometry, at, data.len()) {
+            match self.live.get(page) {
+                Some(own) => own.write(within, &data[part]),
+                None => self.write_shared(page, within, &data[part])?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Breaks sharing of one page with this write.
+    #[cold]
+    fn write_shared(&self, page: PageIndex, within: usize, data: &[u8]) -> Result<(), SpaceError> {
+        let size = self.page_size();
+        let whole = data.len() as u64 == size.bytes().get();
+        let charge = || {
+            let limit = self.tree.limits().heap_pages;
+            self.tree.0.charge_heap_page().ok_or(SpaceError::HeapLimit { limit })
+        };
+        let new = if whole {
+            Page::from_bytes(size, data, charge()?)
+        } else {
+            match self.below.get(page) {
+                PageState::Data(shared) => Page::copy_of(size, shared, charge()?),
+                PageState::Zero => Page::zeroed(size, charge()?),
+                PageState::Absent if self.origin.base().is_none() => Page::zeroed(size, charge()?),
+                PageState::Absent => {
+                    let mut bytes = vec![0; size.bytes().get() as usize];
+                    self.origin.read_base(size.start_of(page), &mut bytes)?;
+                    Page::from_bytes(size, &bytes, charge()?)
+                }
+            }
+        };
+        match self.live.install(page, Arc::new(new)) {
+            Ok(own) => {
+                let mut next = self.next.lock();
+                let bytes = next.index.set(PageRange::one(page), &PageState::Data(own.clone()));
+                next.table_bytes += bytes;
+                drop(next);
+                if !whole {
+                    own.write(within, data);
+                }
+            }
+            // Another CPU made it private first: a normal outcome of two first writes. Ours was never seen by anybody.
+            Err(theirs) => theirs.write(within, data),
+        }
+        Ok(())
+    }
+}
+
+/// A guest word: what one load or store of a simulator moves.
+///
+/// Sealed: `u8`, `u16`, `u32` and `u64`, in the machine's own byte order.
+pub trait Word: Copy + private::Sealed {
+    #[doc(hidden)]
+    const SIZE: usize;
+    #[doc(hidden)]
+    fn cut(word: u64, shift: u32) -> Self;
+    #[doc(hidden)]
+    fn bytes(self) -> [u8; WORD];
+    #[doc(hidden)]
+    fn join(bytes: [u8; WORD]) -> Self;
+}
+
+mod private {
+    pub trait Sealed {}
+}
+
+macro_rules! words {
+    ($($t:ty),*) => {$(
+        impl private::Sealed for $t {}
+        impl Word for $t {
+            const SIZE: usize = size_of::<$t>();
+            #[inline]
+            fn cut(word: u64, at: u32) -> Self {
+                let bytes = word.to_ne_bytes();
+                let mut own = [0; size_of::<$t>()];
+                own.copy_from_slice(&bytes[at as usize..at as usize + size_of::<$t>()]);
+                <$t>::from_ne_bytes(own)
+            }
+            #[inline]
+            fn bytes(self) -> [u8; WORD] {
+                let mut bytes = [0; WORD];
+                bytes[..size_of::<$t>()].copy_from_slice(&self.to_ne_bytes());
+                bytes
+            }
+            #[inline]
+            fn join(bytes: [u8; WORD]) -> Self {
+                let mut own = [0; size_of::<$t>()];
+                own.copy_from_slice(&bytes[..size_of::<$t>()]);
+                <$t>::from_ne_bytes(own)
+            }
+        }
+    )*};
+}
+words!(u8, u16, u32, u64);
+
+/// Access to a heap space with its lock taken once: for a simulator that runs a batch of instructions.
+///
+/// Any number of views exist at once. A cut waits until all are dropped, for two seconds: drop yours when the guest is paused,
+/// and never call `cut`, `reset` or `zero` of the same space while holding one.
+pub struct HeapView<'a, B: PageBody> {
+    state: RwLockReadGuard<'a, State<B>>,
+}
+
+impl<B: PageBody> Heap<B> {
+    /// Takes the space's lock for many accesses.
+    ///
+    /// ```
+    /// use offshoot::Tree;
+    /// use offshoot::backing::{Backing, Heap};
+    /// use offshoot::page::{ByteOffset, ByteSize, Geometry, PageSize};
+    /// let ram: Heap = Heap::create(&Tree::default(), Geometry::new(ByteSize::mib(1), PageSize::KIB_4)?, None)?;
+    /// let view = ram.view();
+    /// view.store(ByteOffset::new(64), 0x1234_5678u32)?;
+    /// assert_eq!(view.load::<u32>(ByteOffset::new(64))?, 0x1234_5678);
+    /// # Ok::<(), offshoot::SpaceError>(())
+    /// ```
+    pub fn view(&self) -> HeapView<'_, B> {
+        HeapView { state: self.state.read() }
+    }
+}
+
+impl<B: PageBody> HeapView<'_, B> {
+    /// As [`Backing::read`](super::Backing::read).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
+        self.state.read(at, buf)
+    }
+
+    /// As [`Backing::write`](super::Backing::write).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError> {
+        self.state.write(at, data)
+    }
+
+    /// Loads one word. One atomic load where it is aligned to its size.
+    ///
+    /// # Errors
+    /// As [`Backing::read`](super::Backing::read).
+    #[inline]
+    pub fn load<T: Word>(&self, at: ByteOffset) -> Result<T, SpaceError> {
+        let byte = at.get();
+        if byte.is_multiple_of(T::SIZE as u64) && byte < self.state.geometry.len().get() {
+            let size = self.state.page_size();
+            if let PageState::Data(data) = self.state.lookup(size.page_of(at)) {
+                let within = (byte & (size.bytes().get() - 1)) as usize;
+                return Ok(T::cut(data.word(within).load(Relaxed), (within % WORD) as u32));
+            }
+        }
+        self.load_slowly(at)
+    }
+
+    #[cold]
+    fn load_slowly<T: Word>(&self, at: ByteOffset) -> Result<T, SpaceError> {
+        let mut bytes = [0; WORD];
+        self.state.read(at, &mut bytes[..T::SIZE])?;
+        Ok(T::join(bytes))
+    }
+
+    /// Stores one word. One atomic store where it is 8 bytes and aligned; a compare-and-swap where it is less.
+    ///
+    /// # Errors
+    /// As [`Backing::write`](super::Backing::write).
+    #[inline]
+    pub fn store<T: Word>(&self, at: ByteOffset, value: T) -> Result<(), SpaceError> {
+        let byte = at.get();
+        if byte.is_multiple_of(T::SIZE as u64) && byte < self.state.geometry.len().get() {
+            let size = self.state.page_size();
+            if let Some(own) = self.state.live.get(size.page_of(at)) {
+                own.write((byte & (size.bytes().get() - 1)) as usize, &value.bytes()[..T::SIZE]);
+                return Ok(());
+            }
+        }
+        self.state.write(at, &value.bytes()[..T::SIZE])
+    }
+}

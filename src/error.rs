@@ -1,0 +1,133 @@
+//! One small enum per family of operations. A message says what was wrong, which limit it met and what to do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::page::{ByteSize, GeometryError, PageCount, PageSize};
+
+/// What can go wrong with a space (a VM's RAM, or one disk) and its pages. The space is as it was before the call.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpaceError {
+    /// A range or a size that cannot be.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// The limit on heap pages of this fork tree.
+    #[error("the limit of {limit} on the heap is reached: drop clones or fork points, or raise Limits::heap_pages")]
+    HeapLimit {
+        /// The limit.
+        limit: PageCount,
+    },
+    /// The limit on kernel mappings.
+    #[error(
+        "{needed} kernel mappings needed, {limit} allowed ({name}): merge or flatten the fork point, or raise the limit"
+    )]
+    MappingLimit {
+        /// How many the operation needs.
+        needed: u64,
+        /// The limit.
+        limit: u64,
+        /// Its name.
+        name: &'static str,
+    },
+    /// Too many forks between a VM and its first ancestor.
+    #[error("fork depth {depth} is at the limit of {limit}: flatten the fork point, or raise Limits::depth")]
+    DepthLimit {
+        /// The depth the new fork point would have.
+        depth: u32,
+        /// The limit.
+        limit: u32,
+    },
+    /// This backing does not have this page size.
+    #[error("pages of {} are not supported by {backing}: use {instead}", .size.bytes())]
+    PageSize {
+        /// What was asked for.
+        size: PageSize,
+        /// Who refused.
+        backing: &'static str,
+        /// What to use.
+        instead: &'static str,
+    },
+    /// Somebody held a view of the space for too long.
+    #[error("a view of this space was still held after {waited:?}: drop every view in Guest::pause")]
+    Busy {
+        /// How long the call waited.
+        waited: Duration,
+    },
+    /// The image below failed.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A system call failed.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// Two images or spaces that are not relatives, or not of one shape.
+    #[error("{0}")]
+    Unrelated(&'static str),
+}
+
+/// What can go wrong with a base image.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// It is not as long as it must be.
+    #[error("image holds {found}, {declared} declared: declare what it holds, or restore the file")]
+    TooShort {
+        /// What was declared or needed.
+        declared: ByteSize,
+        /// What is there.
+        found: ByteSize,
+    },
+    /// It became shorter while it was open.
+    #[error("image shrank from {opened} to {now} while open: nothing may write to a base image")]
+    Shrank {
+        /// Its length when it was opened.
+        opened: ByteSize,
+        /// Its length now.
+        now: ByteSize,
+    },
+    /// It could not be opened or read.
+    #[error("image could not be read: {0}")]
+    Io(#[source] Arc<std::io::Error>),
+}
+
+/// A system call that the engine needs was refused.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SystemError {
+    /// The kernel is out of memory, or of address space.
+    #[error("{call}: out of memory: drop clones, or give the host more")]
+    OutOfMemory {
+        /// The call.
+        call: &'static str,
+    },
+    /// Too many mappings in this process.
+    #[error("{call}: this process may have {limit} mappings (vm.max_map_count): drop clones, or raise it")]
+    OutOfMappings {
+        /// The call.
+        call: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// Too many open descriptors.
+    #[error("{call}: this process may have {limit} open descriptors (RLIMIT_NOFILE): drop fork points, or raise it")]
+    OutOfDescriptors {
+        /// The call.
+        call: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// This kernel does not have it.
+    #[error("{call}: not supported by this kernel")]
+    Unsupported {
+        /// The call.
+        call: &'static str,
+    },
+    /// Any other refusal.
+    #[error("{call}: {errno}")]
+    Other {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        errno: Arc<std::io::Error>,
+    },
+}

@@ -1,0 +1,123 @@
+//! Which pages two indexes say different things of.
+//!
+//! Relatives share subtrees, and a shared subtree is skipped whole, so the cost grows with what changed between them and
+//! not with the space. Identity is compared, not content: a page written back to what it was differs.
+
+use std::sync::Arc;
+
+use super::index::{Index, LEAF_PAGES, Leaf, MID_LEAVES, MID_PAGES, Mid, Slot};
+use super::{PageRef, PageState};
+use crate::page::{PageIndex, PageRange, PageSet};
+
+impl<P: PageRef> Index<P> {
+    /// The pages whose state differs between `self` and `other`, which must cover the same number of pages.
+    pub(crate) fn diff(&self, other: &Self) -> PageSet {
+        debug_assert_eq!(self.pages(), other.pages(), "only indexes over one space are compared");
+        let mut out = PageSet::new();
+        if Arc::ptr_eq(&self.root, &other.root) {
+            return out;
+        }
+        for (m, (a, b)) in self.root.mids.iter().zip(&*other.root.mids).enumerate() {
+            let start = m as u64 * MID_PAGES;
+            let end = (start + MID_PAGES).min(self.pages().get());
+            diff_mids(a, b, start, end, &mut out);
+        }
+        out
+    }
+}
+
+fn push(out: &mut PageSet, start: u64, end: u64) {
+    out.push(PageRange::from_bounds(PageIndex::new(start), PageIndex::new(end)));
+}
+
+fn diff_mids<P: PageRef>(a: &Slot<P, Mid<P>>, b: &Slot<P, Mid<P>>, start: u64, end: u64, out: &mut PageSet) {
+    match (a, b) {
+        (Slot::Node(x), Slot::Node(y)) if Arc::ptr_eq(x, y) => {}
+        (Slot::Uniform(x), Slot::Uniform(y)) => {
+            if !as_ref(x).same(as_ref(y)) {
+                push(out, start, end);
+            }
+        }
+        _ => {
+            for l in 0..MID_LEAVES {
+                let from = start + (l * LEAF_PAGES) as u64;
+                if from >= end {
+                    break;
+                }
+                let to = (from + LEAF_PAGES as u64).min(end);
+                diff_leaves(leaf_of(a, l), leaf_of(b, l), from, to, out);
+            }
+        }
+    }
+}
+
+/// A leaf seen through a slot that may stand for a whole uniform subtree.
+enum LeafView<'a, P> {
+    Uniform(PageState<&'a P>),
+    Node(&'a Arc<Leaf<P>>),
+}
+
+fn as_ref<P>(state: &PageState<P>) -> PageState<&P> {
+    match state {
+        PageState::Absent => PageState::Absent,
+        PageState::Zero => PageState::Zero,
+        PageState::Data(page) => PageState::Data(page),
+    }
+}
+
+fn leaf_of<P>(slot: &Slot<P, Mid<P>>, l: usize) -> LeafView<'_, P> {
+    match slot {
+        Slot::Uniform(state) => LeafView::Uniform(as_ref(state)),
+        Slot::Node(mid) => match &mid.leaves[l] {
+            Slot::Uniform(state) => LeafView::Uniform(as_ref(state)),
+            Slot::Node(leaf) => LeafView::Node(leaf),
+        },
+    }
+}
+
+fn diff_leaves<P: PageRef>(a: LeafView<'_, P>, b: LeafView<'_, P>, start: u64, end: u64, out: &mut PageSet) {
+    match (&a, &b) {
+        (LeafView::Node(x), LeafView::Node(y)) if Arc::ptr_eq(x, y) => {}
+        (LeafView::Uniform(x), LeafView::Uniform(y)) => {
+            if !x.same(*y) {
+                push(out, start, end);
+            }
+        }
+        _ => {
+            let state = |view: &LeafView<'_, P>, at: u64| match view {
+                LeafView::Uniform(state) => state.cloned(),
+                LeafView::Node(leaf) => leaf.get(at as usize % LEAF_PAGES).cloned(),
+            };
+            for page in start..end {
+                if !as_ref(&state(&a, page)).same(as_ref(&state(&b, page))) {
+                    push(out, page, page + 1);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::PageCount;
+
+    #[test]
+    fn finds_what_changed_and_nothing_else() {
+        let pages = 3 * MID_PAGES + 5;
+        let range = |a, b| PageRange::from_bounds(PageIndex::new(a), PageIndex::new(b));
+        let base: Index<Arc<u8>> = Index::uniform(PageCount::new(pages), &PageState::Absent);
+        let mut changed = base.clone();
+        assert!(base.diff(&changed).is_empty());
+        for (a, b) in [(0, 1), (63, 65), (MID_PAGES - 1, MID_PAGES + 70), (pages - 1, pages)] {
+            changed.set(range(a, b), &PageState::Zero);
+        }
+        let want: Vec<_> =
+            [(0, 1), (63, 65), (MID_PAGES - 1, MID_PAGES + 70), (pages - 1, pages)].map(|(a, b)| range(a, b)).into();
+        assert_eq!(base.diff(&changed).runs().collect::<Vec<_>>(), want);
+        assert_eq!(changed.diff(&base).runs().collect::<Vec<_>>(), want);
+        let mut back = changed.clone();
+        back.set(range(63, 65), &PageState::Data(Arc::new(1)));
+        assert_eq!(changed.diff(&back).runs().collect::<Vec<_>>(), [range(63, 65)]);
+    }
+}
