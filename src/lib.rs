@@ -3,10 +3,12 @@
 
 mod account;
 pub mod backing;
+pub mod disk;
 mod error;
 pub mod image;
 mod overlay;
 pub mod page;
+pub mod ram;
 mod sync;
 
 pub use account::{Limits, TreeUsage, Usage};

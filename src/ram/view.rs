@@ -1,0 +1,73 @@
+//! Guest memory on the heap backing with its lock taken once: the inner loop of a simulator.
+//!
+//! Only the heap has this: a mapped VM's CPUs use host pointers.
+
+use super::{Ram, RamError, RamLayout};
+use crate::backing::{Heap, HeapView, PageBody, Word};
+use crate::page::{ByteSize, GuestAddress};
+
+/// Access to guest memory for a batch of instructions. See [`HeapView`] for how long it may be held.
+pub struct RamView<'a, B: PageBody> {
+    layout: &'a RamLayout,
+    view: HeapView<'a, B>,
+}
+
+impl<B: PageBody> Ram<Heap<B>> {
+    /// Takes the lock of the space for many accesses.
+    ///
+    /// # Errors
+    /// [`RamError::Frozen`].
+    ///
+    /// ```
+    /// use offshoot::{Tree, backing::Heap, page::*, ram::*};
+    /// let ram: Ram<Heap> = Ram::create(&Tree::default(), RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4)?)?;
+    /// let view = ram.view()?;
+    /// for word in 0..100 {
+    ///     view.store(GuestAddress::new(word * 4), word as u32)?;
+    /// }
+    /// assert_eq!(view.load::<u64>(GuestAddress::new(0))?, 1 << 32);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn view(&self) -> Result<RamView<'_, B>, RamError> {
+        let view = self.space.view();
+        // Checked with the lock held: a freeze that comes later waits for this view first.
+        self.check_writable()?;
+        Ok(RamView { layout: &self.layout, view })
+    }
+}
+
+impl<B: PageBody> RamView<'_, B> {
+    /// Loads one word.
+    ///
+    /// # Errors
+    /// As [`Ram::read`].
+    #[inline]
+    pub fn load<T: Word>(&self, at: GuestAddress) -> Result<T, RamError> {
+        Ok(self.view.load(self.layout.locate(at, ByteSize::new(T::SIZE as u64))?)?)
+    }
+
+    /// Stores one word.
+    ///
+    /// # Errors
+    /// As [`Ram::write`].
+    #[inline]
+    pub fn store<T: Word>(&self, at: GuestAddress, value: T) -> Result<(), RamError> {
+        Ok(self.view.store(self.layout.locate(at, ByteSize::new(T::SIZE as u64))?, value)?)
+    }
+
+    /// Fills `buf` from guest memory.
+    ///
+    /// # Errors
+    /// As [`Ram::read`].
+    pub fn read(&self, at: GuestAddress, buf: &mut [u8]) -> Result<(), RamError> {
+        Ok(self.view.read(self.layout.locate(at, ByteSize::new(buf.len() as u64))?, buf)?)
+    }
+
+    /// Writes `data` to guest memory.
+    ///
+    /// # Errors
+    /// As [`Ram::write`].
+    pub fn write(&self, at: GuestAddress, data: &[u8]) -> Result<(), RamError> {
+        Ok(self.view.write(self.layout.locate(at, ByteSize::new(data.len() as u64))?, data)?)
+    }
+}
