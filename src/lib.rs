@@ -10,7 +10,14 @@ mod overlay;
 pub mod page;
 pub mod ram;
 mod sync;
+mod sys;
+mod vm;
 
 pub use account::{Limits, TreeUsage, Usage};
 pub use backing::Tree;
 pub use error::{ImageError, SpaceError, SystemError};
+pub use vm::{
+    BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, ForkError, ForkPoint, ForkTimings,
+    GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff, ResetError, Rewind, SpawnError,
+    StateObject, Teardown, Uuid, Vm, VmName, VmStatus, VmUsage,
+};

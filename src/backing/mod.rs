@@ -158,25 +158,40 @@ pub trait Cut {
     fn commit(self) -> (Self::Sealed, Deferred);
 }
 
-/// Work that a cut put off: page tables to tear down, tables to free. Dropping it does the work, on whatever thread drops it.
+/// Work that a cut put off. Dropping it does the work, on whatever thread drops it.
 #[derive(Default)]
-pub struct Deferred(Option<Box<dyn Send>>);
+pub struct Deferred {
+    _work: Option<Box<dyn Send>>,
+    cost: Cost,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+enum Cost {
+    #[default]
+    Cheap,
+    Costly,
+}
 
 impl Deferred {
-    /// Puts off dropping `work`.
-    pub fn new(work: impl Send + 'static) -> Self {
-        Self(Some(Box::new(work)))
+    /// Puts off dropping `work` that takes microseconds: a fork does it before it returns.
+    pub fn cheap(work: impl Send + 'static) -> Self {
+        Self { _work: Some(Box::new(work)), cost: Cost::Cheap }
     }
 
-    /// Whether there is nothing to do.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_none()
+    /// Puts off dropping `work` that takes long, such as page tables to tear down: a fork does it on a thread of its own.
+    pub fn costly(work: impl Send + 'static) -> Self {
+        Self { _work: Some(Box::new(work)), cost: Cost::Costly }
+    }
+
+    /// Whether it wants a thread of its own.
+    pub fn is_costly(&self) -> bool {
+        self.cost == Cost::Costly
     }
 }
 
 impl fmt::Debug for Deferred {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.is_empty() { "Deferred(nothing)" } else { "Deferred" })
+        write!(f, "Deferred({:?})", self.cost)
     }
 }
 

@@ -6,7 +6,7 @@
 
 mod erased;
 
-pub(crate) use erased::{AnyCut, AnySealed, AnySpace};
+pub(crate) use erased::{AnySealed, AnySpace};
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,0 +1,188 @@
+//! The fork: one cut of RAM, all disks and device state, as a transaction.
+//!
+//! The steps, in order; whatever fails, everything before it is undone and the guest runs on, unchanged:
+//! 1. *pause*: the embedder stops the vCPUs and drains I/O.
+//! 2. *save*: the embedder reads device state. Before the cut, because it may read guest memory and the cut locks it.
+//! 3. *flush*: disks make their metadata durable.
+//! 4. *cut*: each space is locked and sealed; nobody can write any of them until all are, so the cut is one instant for the engine
+//!    whatever the embedder's pause was worth.
+//! 5. *commit*: cannot fail. The fork point exists.
+//! 6. *resume*: the guest runs on, over fresh overlays. What was put off is torn down after it.
+//!
+//! Must not know what the spaces are made of.
+
+use tracing::debug_span;
+
+use super::timings::Stopwatch;
+use super::{
+    BoxError, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
+};
+use crate::backing::{Backing, Cut};
+use crate::disk::DiskImage;
+use crate::error::SpaceError;
+use crate::page::ByteSize;
+
+/// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForkError {
+    /// The VM's status does not allow it.
+    #[error(transparent)]
+    IllegalState(#[from] IllegalState),
+    /// The embedder could not pause the guest.
+    #[error("the guest could not be paused, and runs on: {0}")]
+    Pause(#[source] BoxError),
+    /// The embedder could not save device state.
+    #[error("device state could not be saved, and the guest runs on: {0}")]
+    Save(#[source] BoxError),
+    /// More device state than [`Limits::device_state`](crate::Limits::device_state).
+    #[error("device state of {size} is over the limit of {limit}: raise Limits::device_state")]
+    StateTooBig {
+        /// How much there is.
+        size: ByteSize,
+        /// The limit.
+        limit: ByteSize,
+    },
+    /// A space could not be flushed or cut.
+    #[error("the cut failed and was undone: {0}")]
+    Cut(#[from] SpaceError),
+    /// The embedder could not resume the guest: the VM is [`VmStatus::Paused`], its content unchanged. Call the guest's `resume` again, then
+    /// [`Vm::start`].
+    #[error("the guest could not be resumed, and stands paused: {0}")]
+    Resume(#[source] BoxError),
+}
+
+/// A guest that this fork paused; resumed on drop unless that was done.
+struct PausedGuest<'g, G: Guest + ?Sized> {
+    guest: &'g mut G,
+    resume: bool,
+}
+
+impl<G: Guest + ?Sized> PausedGuest<'_, G> {
+    fn resume(&mut self) -> Result<(), BoxError> {
+        if std::mem::take(&mut self.resume) { self.guest.resume() } else { Ok(()) }
+    }
+}
+
+impl<G: Guest + ?Sized> Drop for PausedGuest<'_, G> {
+    fn drop(&mut self) {
+        // Reached on an error or a panic of the embedder's: the guest must run on. If it cannot, the caller already has an error.
+        if let Err(error) = self.resume() {
+            tracing::error!(%error, "guest could not be resumed after a failed fork");
+        }
+    }
+}
+
+impl<B: Backing> Vm<B> {
+    /// Forks the running VM: cuts RAM, disks and device state at one instant and lets it run on.
+    ///
+    /// A VM that is paused is cut where it stands and stays paused. The guest stands still for
+    /// [`ForkTimings::stopped`], which does not grow with RAM; for the mapped backing it grows with the pages written since the last fork.
+    ///
+    /// # Errors
+    /// [`ForkError`]. The VM runs on, unchanged, and nothing is left behind.
+    pub fn fork(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
+        self.cut_all(guest, Afterwards::RunOn)
+    }
+
+    /// Freezes the VM: cuts it as [`Vm::fork`] does and leaves it stopped for good. Any number of clones start from the fork point and the
+    /// frozen VM never grows.
+    ///
+    /// # Errors
+    /// [`ForkError`]; a VM frozen already is [`ForkError::IllegalState`]: its fork point is [`Vm::origin`].
+    pub fn freeze(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
+        self.cut_all(guest, Afterwards::StayFrozen)
+    }
+
+    fn cut_all(&self, guest: &mut (impl Guest + ?Sized), afterwards: Afterwards) -> Result<ForkPoint<B>, ForkError> {
+        let _span = debug_span!("fork", vm = %self.identity.name).entered();
+        let mut clock = Stopwatch::start();
+        let mut busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        let mut timings = ForkTimings::default();
+
+        let was_running = busy.before == VmStatus::Running;
+        if was_running {
+            debug_span!("pause").in_scope(|| guest.pause()).map_err(ForkError::Pause)?;
+        }
+        let mut guest = PausedGuest { guest, resume: was_running };
+        timings.pause = clock.lap();
+
+        let device = debug_span!("save").in_scope(|| guest.guest.save()).map_err(ForkError::Save)?;
+        self.check_state(&device)?;
+        timings.save = clock.lap();
+
+        debug_span!("flush").in_scope(|| self.flush_all())?;
+        timings.flush = clock.lap();
+
+        let (parts, deferred) = {
+            let _span = debug_span!("cut").entered();
+            // Every lock is taken and every fallible step done before anything is kept; an early return drops the
+            // cuts made so far, and a dropped cut is undone.
+            let ram = self.ram.space().cut()?;
+            let disks: Vec<_> = self.disks.iter().map(|(_, disk)| disk.space().cut()).collect::<Result<_, _>>()?;
+            let (ram, ram_deferred) = ram.commit();
+            let mut deferred = vec![ram_deferred];
+            let mut images = Vec::with_capacity(disks.len());
+            for (cut, (name, disk)) in disks.into_iter().zip(&self.disks) {
+                let (image, later) = cut.commit();
+                deferred.push(later);
+                images.push((name.clone(), DiskImage::new(image, disk)));
+            }
+            let layout = self.ram.layout().clone();
+            (PointParts { layout, ram, disks: images, device, parent: self.identity.name.clone() }, deferred)
+        };
+        timings.cut = clock.lap();
+
+        match afterwards {
+            Afterwards::StayFrozen => {
+                guest.resume = false;
+                self.ram.freeze();
+                self.disks.iter().for_each(|(_, disk)| disk.freeze());
+                busy.after = VmStatus::Frozen;
+            }
+            Afterwards::RunOn => {
+                if let Err(error) = debug_span!("resume").in_scope(|| guest.resume()) {
+                    // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
+                    busy.after = VmStatus::Paused;
+                    return Err(ForkError::Resume(error));
+                }
+            }
+        }
+        timings.resume = clock.lap();
+        timings.total = clock.total();
+        let point = ForkPoint::new(self.tree.clone(), parts, timings, Teardown::run(deferred));
+        // The origin that this one replaces may be the last name of many pages: let go of it outside the lock.
+        let replaced = self.life.lock().origin.replace(point.clone());
+        drop(replaced);
+        Ok(point)
+    }
+
+    fn check_state(&self, device: &DeviceState) -> Result<(), ForkError> {
+        let limit = self.tree.limits().device_state;
+        match device.known_len() {
+            Some(size) if size > limit => Err(ForkError::StateTooBig { size, limit }),
+            _ => Ok(()),
+        }
+    }
+
+    fn flush_all(&self) -> Result<(), SpaceError> {
+        self.ram.space().flush()?;
+        self.disks.iter().try_for_each(|(_, disk)| disk.space().flush())
+    }
+}
+
+/// What becomes of the source.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Afterwards {
+    RunOn,
+    StayFrozen,
+}
+
+impl Afterwards {
+    fn call(self) -> &'static str {
+        match self {
+            Self::RunOn => "fork",
+            Self::StayFrozen => "freeze",
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Back to the fork point in place: RAM, disks and device state, without a new VM.
+//!
+//! The inner loop of a fuzzer, and what a pool calls refresh. Identity is kept.
+
+use super::{BoxError, IllegalState, Rewind, Vm, VmStatus};
+use crate::backing::Backing;
+use crate::error::SpaceError;
+use crate::page::PageCount;
+
+/// Why a VM could not be reset.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResetError {
+    /// The VM's status does not allow it.
+    #[error(transparent)]
+    IllegalState(#[from] IllegalState),
+    /// It has no fork point to go back to.
+    #[error("this VM was never forked and is no clone: there is nothing to go back to")]
+    NoOrigin,
+    /// The embedder could not pause the guest, which runs on as it was.
+    #[error("the guest could not be paused, and runs on: {0}")]
+    Pause(#[source] BoxError),
+    /// A space could not be reset. The VM is paused; spaces before it are reset: reset again, or drop the VM.
+    #[error("a space could not be reset, and the VM stands paused: {0}")]
+    Space(#[from] SpaceError),
+    /// The embedder could not load device state or resume. The VM is paused.
+    #[error("the guest could not be loaded or resumed, and stands paused: {0}")]
+    Load(#[source] BoxError),
+}
+
+impl<B: Backing> Vm<B> {
+    /// Drops everything written since the fork point, in place, and loads its device state; returns how many pages of RAM and disks that were.
+    ///
+    /// A VM that was running runs on from the fork point; one that was paused stays paused. Costs by what was
+    /// written.
+    ///
+    /// # Errors
+    /// [`ResetError`].
+    pub fn reset(&self, guest: &mut (impl Rewind + ?Sized)) -> Result<PageCount, ResetError> {
+        let mut busy = self.begin("reset", "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        let origin = self.origin().ok_or(ResetError::NoOrigin)?;
+        if busy.before == VmStatus::Running {
+            guest.pause().map_err(ResetError::Pause)?;
+        }
+        let was = std::mem::replace(&mut busy.after, VmStatus::Paused);
+        let mut pages = self.ram.space().reset()?;
+        for (_, disk) in &self.disks {
+            pages = pages.saturating_add(disk.space().reset()?);
+        }
+        guest.load(origin.device_state()).map_err(ResetError::Load)?;
+        if was == VmStatus::Running {
+            guest.resume().map_err(ResetError::Load)?;
+        }
+        busy.after = was;
+        Ok(pages)
+    }
+}
