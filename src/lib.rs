@@ -2,3 +2,4 @@
 //! every page with their parent until one of them writes.
 
 pub mod page;
+pub(crate) mod sys;
