@@ -90,44 +90,78 @@ pub enum ImageError {
     Io(#[source] Arc<std::io::Error>),
 }
 
-/// A system call that the engine needs was refused.
+/// A system call that the engine needs was refused. `call` names it.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SystemError {
-    /// The kernel is out of memory, or of address space.
-    #[error("{call}: out of memory: drop clones, or give the host more")]
+    /// The host, the cgroup or the address space has no room.
+    #[error("{call}: out of memory: drop clones, give the host more, or raise the cgroup's or RLIMIT_AS limit")]
     OutOfMemory {
         /// The call.
         call: &'static str,
     },
     /// Too many mappings in this process.
-    #[error("{call}: this process may have {limit} mappings (vm.max_map_count): drop clones, or raise it")]
+    #[error(
+        "{call}: this process holds {held} memory mappings and may have {limit} (sysctl vm.max_map_count): drop clones, merge or \
+         flatten fork points, or raise it"
+    )]
     OutOfMappings {
         /// The call.
         call: &'static str,
+        /// How many there are.
+        held: u64,
         /// The limit.
         limit: u64,
     },
-    /// Too many open descriptors.
-    #[error("{call}: this process may have {limit} open descriptors (RLIMIT_NOFILE): drop fork points, or raise it")]
+    /// Too many open descriptors in this process, or on this host.
+    #[error("{call}: out of descriptors: drop fork points, or raise RLIMIT_NOFILE (fs.file-max for the whole host)")]
     OutOfDescriptors {
         /// The call.
         call: &'static str,
-        /// The limit.
-        limit: u64,
     },
     /// This kernel does not have it.
-    #[error("{call}: not supported by this kernel")]
+    #[error("{call} is not supported here: {why}")]
     Unsupported {
         /// The call.
         call: &'static str,
+        /// What is missing.
+        why: &'static str,
     },
+    /// A step failed and so did undoing it: the content of this space can no longer be trusted.
+    #[error("{call} failed while a failed step was undone ({error}): drop the VM that used this memory")]
+    Lost {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        error: Arc<std::io::Error>,
+    },
+    /// A request that contradicts the state of an object of the engine's: please report it.
+    #[error("refused: {0}")]
+    Misuse(&'static str),
     /// Any other refusal.
-    #[error("{call}: {errno}")]
+    #[error("{call}: {error}")]
     Other {
         /// The call.
         call: &'static str,
         /// What the kernel said.
-        errno: Arc<std::io::Error>,
+        error: Arc<std::io::Error>,
     },
+}
+
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+impl From<crate::sys::error::SysError> for SpaceError {
+    fn from(error: crate::sys::error::SysError) -> Self {
+        use crate::sys::error::SysError as Sys;
+        let io = |errno: rustix::io::Errno| Arc::new(std::io::Error::from(errno));
+        Self::System(match error {
+            Sys::Range(geometry) => return Self::Geometry(geometry),
+            Sys::OutOfMappings { call, held, limit } => SystemError::OutOfMappings { call: call.name(), held, limit },
+            Sys::OutOfMemory { call, .. } => SystemError::OutOfMemory { call: call.name() },
+            Sys::OutOfDescriptors { call, .. } => SystemError::OutOfDescriptors { call: call.name() },
+            Sys::Unsupported { call, why } => SystemError::Unsupported { call: call.name(), why },
+            Sys::Misuse(what) => SystemError::Misuse(what),
+            Sys::RollbackFailed { call, errno } => SystemError::Lost { call: call.name(), error: io(errno) },
+            Sys::Other { call, errno } => SystemError::Other { call: call.name(), error: io(errno) },
+        })
+    }
 }

@@ -225,7 +225,7 @@ impl Identity {
     /// Fresh ids under this name. One call to the system's random numbers.
     pub(crate) fn fresh(name: VmName) -> Self {
         let mut random = [0; 38];
-        entropy::fill(&mut random);
+        entropy::fill_random(&mut random);
         let (generation, rest) = random.split_at(16);
         let (uuid, mac) = rest.split_at(16);
         let take = |from: &[u8]| -> [u8; 16] { std::array::from_fn(|at| from[at]) };
