@@ -4,7 +4,7 @@
 //! hash of keys that std draws from the system for its hash maps; different in every call and process, and enough to
 //! tell two clones apart, **but not a source of secrets**: a guest there must reseed from its own.
 
-/// Fills `buf` with random bytes. On Linux from getrandom(2), which waits only in early boot; about 0.3 µs for 16 bytes.
+/// Fills `buf` with random bytes. On Linux from getrandom(2), which waits only in early boot.
 ///
 /// # Errors
 /// A kernel or sandbox that refuses the call. An identity must not be made up instead: give the clone up.
