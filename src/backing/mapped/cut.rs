@@ -108,7 +108,7 @@ fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Re
         builder.copy_from(&state.mapping, run)?;
     }
     let built = builder.finish()?;
-    built.spots().for_each(|(run, spot)| drop(index.set(run, &PageState::Data(spot))));
+    built.name_in(index);
     Ok(built)
 }
 

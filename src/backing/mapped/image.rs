@@ -113,11 +113,6 @@ impl MappedImage {
         if self.is_root() { u32::from(self.0.base.is_some()) } else { self.plan().layers }
     }
 
-    /// Kernel mappings that a clone is made of.
-    pub(super) fn mappings(&self) -> u64 {
-        if self.is_root() { 1 } else { self.plan().mappings }
-    }
-
     /// Made once an image, by whoever needs it first: O(tables of the index).
     fn plan(&self) -> &Plan {
         self.0.plan.get_or_init(|| Plan::of(&self.0.index, self.0.geometry))
@@ -243,7 +238,7 @@ impl Sealed for MappedImage {
         builder.copy_from_source(self, geometry.all())?;
         let built = builder.finish()?;
         let mut index = Index::uniform(geometry.pages(), &PageState::Absent);
-        built.spots().for_each(|(run, spot)| drop(index.set(run, &PageState::Data(spot))));
+        built.name_in(&mut index);
         Ok(Self::build(tree, geometry, Arc::default(), index, None, Lineage::root()))
     }
 
@@ -259,7 +254,7 @@ impl Sealed for MappedImage {
             builder.copy_from_source(self, run)?;
         }
         let built = builder.finish()?;
-        built.spots().for_each(|(run, spot)| drop(index.set(run, &PageState::Data(spot))));
+        built.name_in(&mut index);
         Ok(Self::build(tree, geometry, self.0.family.clone(), index, None, lineage))
     }
 

@@ -10,7 +10,7 @@ use crate::account::{Charge, Item};
 use crate::backing::Tree;
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::overlay::PageRef;
+use crate::overlay::{Index, PageRef, PageState};
 use crate::page::{ByteSize, Geometry, PageIndex, PageRange, PageSet, PageSize};
 use crate::sys::error::SysError;
 use crate::sys::mapping::Mapping;
@@ -170,11 +170,14 @@ pub(super) struct Built {
 }
 
 impl Built {
-    /// Every run of it, with where its pages are.
-    pub(super) fn spots(&self) -> impl Iterator<Item = (PageRange, Spot)> + '_ {
-        let spot = |content| Spot { layer: self.layer.clone(), content };
-        let data = self.data.runs().map(move |run| (run, spot(Content::Data)));
-        data.chain(self.holes.runs().map(move |run| (run, spot(Content::Hole))))
+    /// Names its pages in an index.
+    pub(super) fn name_in(&self, index: &mut Index<Spot>) {
+        for (pages, content) in [(&self.data, Content::Data), (&self.holes, Content::Hole)] {
+            let state = PageState::Data(Spot { layer: self.layer.clone(), content });
+            for run in pages.runs() {
+                index.set(run, &state);
+            }
+        }
     }
 }
 

@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use self::layer::{Content, Layer, Spot, host_pages, is_zero, space_pages};
+use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Sealed, Tree};
 use crate::account::Usage;
@@ -188,13 +188,12 @@ impl State {
                 }
             }
         }
-        let private = self.private_pages()?;
-        for run in private.runs() {
-            self.mapping.discard_private(host_pages(self.geometry(), run))?;
-        }
+        let dropped = self.mapping.reset_private(origin.family().pagemap()?)?;
         self.shown = origin.index().clone();
         self.table_bytes = 0;
-        Ok(private.union(&moved).count())
+        let scale = self.geometry().page_size().shift() - HOST_PAGE.shift();
+        let dropped = PageCount::new(dropped.pages.get().div_ceil(1 << scale));
+        Ok(dropped.saturating_add(moved.count()))
     }
 }
 
