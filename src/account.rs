@@ -30,12 +30,12 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// No bound on heap pages, 8,192 mappings a VM, 65,536 levels, 256 MiB of device state.
+    /// No bound on heap pages or depth, 8,192 mappings a VM, 256 MiB of device state.
     fn default() -> Self {
         Self {
             heap_pages: PageCount::new(u64::MAX),
             mappings_per_vm: 8192,
-            depth: 65_536,
+            depth: u32::MAX,
             device_state: ByteSize::mib(256),
         }
     }
