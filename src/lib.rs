@@ -89,9 +89,9 @@ pub use account::{Limits, TreeUsage, Usage};
 pub use backing::Tree;
 pub use error::{ImageError, SpaceError, SystemError};
 pub use vm::{
-    BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, ForkError, ForkPoint, ForkTimings,
-    GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff, ResetError, Rewind, SpawnError,
-    StateObject, Teardown, Uuid, Vm, VmName, VmStatus, VmUsage,
+    AtRest, BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, ForkError, ForkPoint,
+    ForkTimings, GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff, ResetError, Rewind,
+    SpawnError, StateObject, Teardown, Uuid, Vm, VmName, VmStatus, VmUsage,
 };
 
 /// The README's example is compiled with the tests.
