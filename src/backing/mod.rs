@@ -102,7 +102,7 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     ///
     /// # Errors
     /// [`SpaceError::Geometry`] past the end; [`SpaceError::HeapLimit`] or [`SpaceError::System`] where there is no room for a private
-    /// copy. Pages before the one that failed may have been written: each page is written whole or not at all.
+    /// copy. A write happens whole or not at all.
     fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError>;
 
     /// Makes whole pages read as zeroes, whatever lies below, and frees what they held.
