@@ -83,6 +83,8 @@ pub mod page;
 pub mod ram;
 mod sync;
 mod sys;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod vm;
 
 pub use account::{Limits, TreeUsage, Usage};
