@@ -5,6 +5,7 @@ mod account;
 pub mod backing;
 pub mod disk;
 mod error;
+pub mod frontend;
 pub mod image;
 mod overlay;
 pub mod page;

@@ -8,15 +8,15 @@
 //! memory files and private mappings, the kernel breaks sharing) and, as a base below either, [`FileImage`]. Yours can join: run
 //! `offshoot::testing::conformance` against it.
 
-//mod file;
+mod file;
 mod heap;
-//#[cfg(target_os = "linux")]
-//mod mapped;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod mapped;
 
-//pub use file::FileImage;
+pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
-//#[cfg(target_os = "linux")]
-//pub use mapped::{HostRange, Mapped, MappedImage};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use mapped::{HostRange, Mapped, MappedCut, MappedImage};
 
 use std::fmt;
 use std::sync::Arc;

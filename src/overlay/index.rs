@@ -344,18 +344,6 @@ impl<P: PageRef> Index<P> {
         runs
     }
 
-    /// Bytes of tables reachable from here, shared ones included. Walks the nodes.
-    pub(crate) fn table_bytes(&self) -> u64 {
-        let mut bytes = (self.root.mids.len() * size_of::<Slot<P, Mid<P>>>()) as u64;
-        for mid in &self.root.mids {
-            let Slot::Node(mid) = mid else { continue };
-            bytes += (size_of::<Mid<P>>() + size_of_val(&*mid.leaves)) as u64;
-            let leaves = mid.leaves.iter().filter(|leaf| matches!(leaf, Slot::Node(_))).count();
-            bytes += (leaves * size_of::<Leaf<P>>()) as u64;
-        }
-        bytes
-    }
-
     /// Derives again what is kept up by hand, and compares: the tallies of every node, and that no page is both data and zero.
     pub(crate) fn validate(&self) -> Result<(), String> {
         let mut total = Tally::default();

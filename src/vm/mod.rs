@@ -97,6 +97,9 @@ pub enum BuildError {
     /// RAM or a disk could not be made.
     #[error(transparent)]
     Space(#[from] SpaceError),
+    /// It could not be given an identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
 }
 
 /// A virtual machine: RAM on backing `B`, disks, and an identity.
@@ -135,15 +138,10 @@ impl<B: Backing> Vm<B> {
                 return Err(BuildError::DuplicateDisk(name.clone()));
             }
         }
+        let identity = Identity::fresh(name)?;
         let ram = Ram::create(tree, layout)?;
         let disks = disks.into_iter().map(|(name, disk)| (name, Arc::new(disk))).collect();
-        Ok(Self::assemble(
-            tree.clone(),
-            Identity::fresh(name),
-            ram,
-            disks,
-            Life { status: VmStatus::Off, origin: None },
-        ))
+        Ok(Self::assemble(tree.clone(), identity, ram, disks, Life { status: VmStatus::Off, origin: None }))
     }
 
     fn assemble(
