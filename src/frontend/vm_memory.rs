@@ -19,7 +19,8 @@
 //! # What does not
 //! - A VM that was frozen is not protected from writes through vm-memory. Its fork point is.
 //! - Regions have no `file_offset`: a clone's memory is no file that others could map, so vhost-user back ends and
-//!   others that are handed descriptors cannot use it. vhost in the kernel and VFIO work on addresses.
+//!   others that are handed descriptors cannot use it. vhost in the kernel works on addresses. What pins pages (VFIO)
+//!   must let go of them before a fork or reset, which put others in their place.
 //! - A bitmap sees what is written through vm-memory. What vCPUs write, only the hypervisor's log has; what
 //!   [`Ram::write`] writes, neither.
 //! - vm-memory's `xen` feature, which replaces its regions by others, cannot be on in the same build.
