@@ -17,7 +17,7 @@ impl<P: PageRef> Index<P> {
         if Arc::ptr_eq(&self.root, &other.root) {
             return out;
         }
-        for (m, (a, b)) in self.root.mids.iter().zip(&*other.root.mids).enumerate() {
+        for (m, (a, b)) in self.root.iter().zip(&*other.root).enumerate() {
             let start = m as u64 * MID_PAGES;
             let end = (start + MID_PAGES).min(self.pages().get());
             diff_mids(a, b, start, end, &mut out);

@@ -101,14 +101,13 @@ pub(super) struct Leaf<P> {
 
 #[derive(Clone)]
 pub(super) struct Mid<P> {
-    pub(super) leaves: Box<[Slot<P, Leaf<P>>; MID_LEAVES]>,
+    /// In place: a look-up loads one pointer a level.
+    pub(super) leaves: [Slot<P, Leaf<P>>; MID_LEAVES],
     tally: Tally,
 }
 
-#[derive(Clone)]
-pub(super) struct Root<P> {
-    pub(super) mids: Box<[Slot<P, Mid<P>>]>,
-}
+/// Slots of middle nodes: as many as the space needs.
+pub(super) type Root<P> = [Slot<P, Mid<P>>];
 
 /// The merged index of one stack. Cloning it costs one reference count.
 pub(crate) struct Index<P> {
@@ -157,9 +156,7 @@ impl<P: PageRef> Leaf<P> {
 
 impl<P: PageRef> Mid<P> {
     fn filled(state: &PageState<P>) -> Self {
-        let leaves: Vec<_> = (0..MID_LEAVES).map(|_| Slot::Uniform(state.clone())).collect();
-        let Ok(leaves) = leaves.into_boxed_slice().try_into() else { unreachable!("built with MID_LEAVES slots") };
-        Self { leaves, tally: Tally::of(state, MID_PAGES) }
+        Self { leaves: std::array::from_fn(|_| Slot::Uniform(state.clone())), tally: Tally::of(state, MID_PAGES) }
     }
 
     fn leaf_tally(slot: &Slot<P, Leaf<P>>) -> Tally {
@@ -192,8 +189,8 @@ impl<P: PageRef> Index<P> {
     /// Every page in one state. O(pages / 32,768), in slots of 16 bytes.
     pub(crate) fn uniform(pages: PageCount, state: &PageState<P>) -> Self {
         let mids = pages.get().div_ceil(MID_PAGES);
-        let root = Root { mids: (0..mids).map(|_| Slot::Uniform(state.clone())).collect() };
-        Self { root: Arc::new(root), pages, tally: Tally::of(state, pages.get()) }
+        let root = (0..mids).map(|_| Slot::Uniform(state.clone())).collect();
+        Self { root, pages, tally: Tally::of(state, pages.get()) }
     }
 
     /// How many pages it covers.
@@ -209,7 +206,7 @@ impl<P: PageRef> Index<P> {
     /// Data and zero pages of `range`. O(middle nodes), plus the leaves of those that `range` cuts.
     pub(crate) fn tally_in(&self, range: PageRange) -> Tally {
         let mut sum = Tally::default();
-        for (m, slot) in self.root.mids.iter().enumerate() {
+        for (m, slot) in self.root.iter().enumerate() {
             let start = m as u64 * MID_PAGES;
             let mid = PageRange::from_bounds(
                 PageIndex::new(start),
@@ -229,7 +226,7 @@ impl<P: PageRef> Index<P> {
     #[inline]
     pub(crate) fn get(&self, page: PageIndex) -> PageState<&P> {
         let page = page.get();
-        let Some(mid) = self.root.mids.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize) else {
+        let Some(mid) = self.root.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize) else {
             return PageState::Absent;
         };
         let mid = match mid {
@@ -251,7 +248,7 @@ impl<P: PageRef> Index<P> {
         }
         let mut bytes = 0;
         if Arc::get_mut(&mut self.root).is_none() {
-            bytes += (self.root.mids.len() * size_of::<Slot<P, Mid<P>>>()) as u64;
+            bytes += (self.root.len() * size_of::<Slot<P, Mid<P>>>()) as u64;
         }
         let total_pages = self.pages.get();
         let root = Arc::make_mut(&mut self.root);
@@ -259,7 +256,7 @@ impl<P: PageRef> Index<P> {
         for m in first / MID_PAGES..=(last - 1) / MID_PAGES {
             let mid_start = m * MID_PAGES;
             let mid_end = (mid_start + MID_PAGES).min(total_pages);
-            let slot = &mut root.mids[m as usize];
+            let slot = &mut root[m as usize];
             let old = Self::mid_tally(slot, mid_end - mid_start);
             let (from, to) = (first.max(mid_start), last.min(mid_end));
             if (from, to) == (mid_start, mid_end) {
@@ -275,7 +272,7 @@ impl<P: PageRef> Index<P> {
                 );
                 Self::set_in_mid(mid, from - mid_start, to - mid_start, state, &mut bytes);
             }
-            let new = Self::mid_tally(&root.mids[m as usize], mid_end - mid_start);
+            let new = Self::mid_tally(&root[m as usize], mid_end - mid_start);
             self.tally.replace(old, new);
         }
         bytes
@@ -321,7 +318,7 @@ impl<P: PageRef> Index<P> {
         while at < last {
             let mid_end = (at / MID_PAGES + 1) * MID_PAGES;
             let leaf_end = (at / LEAF_PAGES as u64 + 1) * LEAF_PAGES as u64;
-            let (end, state) = match &self.root.mids[(at / MID_PAGES) as usize] {
+            let (end, state) = match &self.root[(at / MID_PAGES) as usize] {
                 Slot::Uniform(state) => (mid_end, state.as_ref()),
                 Slot::Node(mid) => match &mid.leaves[(at >> LEAF_SHIFT) as usize % MID_LEAVES] {
                     Slot::Uniform(state) => (leaf_end, state.as_ref()),
@@ -347,13 +344,13 @@ impl<P: PageRef> Index<P> {
     /// Derives again what is kept up by hand, and compares: the tallies of every node, and that no page is both data and zero.
     pub(crate) fn validate(&self) -> Result<(), String> {
         let mut total = Tally::default();
-        for (m, slot) in self.root.mids.iter().enumerate() {
+        for (m, slot) in self.root.iter().enumerate() {
             let start = m as u64 * MID_PAGES;
             let pages = MID_PAGES.min(self.pages.get() - start);
             if let Slot::Node(mid) = slot {
                 let mut sum = Tally::default();
                 let mut left = pages;
-                for leaf in &*mid.leaves {
+                for leaf in &mid.leaves {
                     let here = left.min(LEAF_PAGES as u64);
                     left -= here;
                     match leaf {

@@ -156,7 +156,8 @@ impl Geometry {
     /// The length in bytes.
     #[inline]
     pub const fn len(self) -> ByteSize {
-        self.page_size.size_of(self.pages)
+        // Within MAX_LEN, so no bit is lost.
+        ByteSize::new(self.pages.get() << self.page_size.shift())
     }
 
     /// Never: a space holds at least one page. Here because `len` is.

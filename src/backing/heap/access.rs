@@ -216,13 +216,14 @@ impl<B: PageBody> HeapView<'_, B> {
     /// As [`Backing::read`](super::Backing::read).
     #[inline]
     pub fn load<T: Word>(&self, at: ByteOffset) -> Result<T, SpaceError> {
-        let byte = at.get();
-        if byte.is_multiple_of(T::SIZE as u64) && byte < self.state.geometry.len().get() {
-            let size = self.state.page_size();
-            if let PageState::Data(data) = self.state.lookup(size.page_of(at)) {
-                let within = (byte & (size.bytes().get() - 1)) as usize;
-                return Ok(T::cut(data.word(within).load(Relaxed), (within % WORD) as u32));
-            }
+        let (byte, size) = (at.get(), self.state.page_size());
+        let page = size.page_of(at);
+        if byte.is_multiple_of(T::SIZE as u64)
+            && page.get() < self.state.geometry.pages().get()
+            && let PageState::Data(data) = self.state.lookup(page)
+        {
+            let within = (byte & (size.bytes().get() - 1)) as usize;
+            return Ok(T::cut(data.word(within).load(Relaxed), (within % WORD) as u32));
         }
         self.load_slowly(at)
     }
@@ -240,13 +241,14 @@ impl<B: PageBody> HeapView<'_, B> {
     /// As [`Backing::write`](super::Backing::write).
     #[inline]
     pub fn store<T: Word>(&self, at: ByteOffset, value: T) -> Result<(), SpaceError> {
-        let byte = at.get();
-        if byte.is_multiple_of(T::SIZE as u64) && byte < self.state.geometry.len().get() {
-            let size = self.state.page_size();
-            if let Some(own) = self.state.live.get(size.page_of(at)) {
-                own.write((byte & (size.bytes().get() - 1)) as usize, &value.bytes()[..T::SIZE]);
-                return Ok(());
-            }
+        let (byte, size) = (at.get(), self.state.page_size());
+        let page = size.page_of(at);
+        if byte.is_multiple_of(T::SIZE as u64)
+            && page.get() < self.state.geometry.pages().get()
+            && let Some(own) = self.state.live.get(page)
+        {
+            own.write((byte & (size.bytes().get() - 1)) as usize, &value.bytes()[..T::SIZE]);
+            return Ok(());
         }
         self.state.write(at, &value.bytes()[..T::SIZE])
     }

@@ -16,8 +16,8 @@ pub(super) const WORD: usize = size_of::<u64>();
 
 /// How the words of a page are kept: [`Page4K`] inline, [`AnyPage`] behind one more pointer.
 pub trait PageBody: Send + Sync + fmt::Debug + 'static {
-    /// Whether pages of this size can be kept this way.
-    fn supports(size: PageSize) -> bool;
+    /// The only page size that can be kept this way; `None` for any.
+    const ONLY: Option<PageSize>;
 
     /// A page made of the words that `word` gives for each index.
     fn build(size: PageSize, word: impl FnMut(usize) -> u64) -> Self;
@@ -47,9 +47,7 @@ impl fmt::Debug for AnyPage {
 }
 
 impl PageBody for Page4K {
-    fn supports(size: PageSize) -> bool {
-        size == PageSize::KIB_4
-    }
+    const ONLY: Option<PageSize> = Some(PageSize::KIB_4);
 
     fn build(_: PageSize, mut word: impl FnMut(usize) -> u64) -> Self {
         Self(std::array::from_fn(|at| AtomicU64::new(word(at))))
@@ -62,9 +60,7 @@ impl PageBody for Page4K {
 }
 
 impl PageBody for AnyPage {
-    fn supports(_: PageSize) -> bool {
-        true
-    }
+    const ONLY: Option<PageSize> = None;
 
     fn build(size: PageSize, mut word: impl FnMut(usize) -> u64) -> Self {
         let words = size.bytes().get() as usize / WORD;
