@@ -19,7 +19,7 @@ use super::machine::MachineState;
 use super::msr::{MsrIndex, MsrValues};
 use super::vcpu::{Nested, VcpuPlan, VcpuState};
 use crate::page::ByteSize;
-use crate::sys::kvm::{Plain, XsaveArea};
+use crate::sys::kvm::{Plain, XSAVE_LEGACY_SIZE, XsaveArea};
 
 /// The most vCPUs that KVM has.
 const MAX_VCPUS: u32 = 4096;
@@ -179,6 +179,10 @@ impl<'a> Reader<'a> {
         let debug = self.plain("debug registers")?;
         let xcrs = self.part(parts, PART_XCRS, "XCRs")?;
         let size = self.count("size of the XSAVE area", MAX_XSAVE)?;
+        if size < XSAVE_LEGACY_SIZE {
+            let (found, least) = (size as u64, XSAVE_LEGACY_SIZE as u64);
+            return Err(DecodeError::TooSmall { field: "size of the XSAVE area", found, least });
+        }
         let xsave = XsaveArea::from_bytes(self.take(size, "XSAVE area")?);
         let count = self.count("number of MSRs", MAX_MSRS)?;
         let values: Vec<kvm_msr_entry> = self.list(count, "MSRs")?;
@@ -343,5 +347,29 @@ mod tests {
         bytes[16..24].copy_from_slice(&length.to_le_bytes());
         repair(&mut bytes);
         assert_eq!(MachineState::from_bytes(&bytes).unwrap_err(), DecodeError::Excess { excess: ByteSize::new(1) });
+    }
+
+    /// Found by fuzzing (`kvm_state`): it was accepted, filled up, and came back as other bytes.
+    #[test]
+    fn an_xsave_area_that_no_kernel_has_is_refused() {
+        // Up to the area's size a vCPU without optional parts is fixed: 16 bytes of numbers, then three register sets.
+        let fixed = 16 + 144 + 312 + 128;
+        for (size, accepted) in [(0u32, false), (4095, false), (4096, true)] {
+            let mut bytes = [MAGIC.as_slice(), &FORMAT_VERSION.to_le_bytes(), &[0; 16], &1u32.to_le_bytes()].concat();
+            bytes.resize(HEADER_SIZE + fixed, 0);
+            bytes.extend(size.to_le_bytes());
+            // The area, no MSR of either kind, the events.
+            bytes.resize(bytes.len() + size as usize + 8 + 64, 0);
+            let length = bytes.len() as u64;
+            bytes[CHECKED_FROM..CHECKED_FROM + 8].copy_from_slice(&length.to_le_bytes());
+            let checksum = crc32fast::hash(&bytes[CHECKED_FROM..]);
+            bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+            match MachineState::from_bytes(&bytes) {
+                Ok(state) => assert!(accepted && state.to_bytes() == bytes),
+                Err(error) => {
+                    assert!(!accepted && matches!(error, DecodeError::TooSmall { least: 4096, .. }), "{error}");
+                }
+            }
+        }
     }
 }
