@@ -291,7 +291,7 @@ impl<P: PageRef> Index<P> {
     }
 
     /// Looks a page up: three loads at most, at any depth. A page past the end is absent.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, page: PageIndex) -> PageState<&P> {
         let page = page.get();
         let Some(mid) = self.root.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize) else {

@@ -45,7 +45,7 @@ impl<P> Live<P> {
     }
 
     /// The page, if this clone has its own.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, page: PageIndex) -> Option<&P> {
         let page = page.get();
         let mid = self.mids.get()?.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize)?.get()?;

@@ -40,7 +40,7 @@ impl<B: PageBody> Ram<Heap<B>> {
 }
 
 impl<B: PageBody> RamView<'_, B> {
-    #[inline]
+    #[inline(always)]
     fn locate_word<T: Word>(&self, at: GuestAddress) -> Result<ByteOffset, RamError> {
         let size = ByteSize::new(T::SIZE as u64);
         match self.longest.locate(at, size) {
@@ -53,7 +53,7 @@ impl<B: PageBody> RamView<'_, B> {
     ///
     /// # Errors
     /// As [`Ram::read`].
-    #[inline]
+    #[inline(always)]
     pub fn load<T: Word>(&self, at: GuestAddress) -> Result<T, RamError> {
         Ok(self.view.load(self.locate_word::<T>(at)?)?)
     }
