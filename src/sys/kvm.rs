@@ -208,6 +208,18 @@ pub unsafe trait HostMemory: Send + Sync {
     fn size(&self) -> ByteSize;
 }
 
+// SAFETY: the addresses belong to the mapping that it was taken from, whose owner alone maps layers over them, and stay
+// mapped while this lives; the crate makes no reference to guest memory.
+unsafe impl HostMemory for super::mapping::KeptRange {
+    fn base(&self) -> NonNull<u8> {
+        self.base()
+    }
+
+    fn size(&self) -> ByteSize {
+        self.len()
+    }
+}
+
 /// Plain anonymous memory for guests that need no copy-on-write: tests, firmware scratch areas, probes.
 ///
 /// Reads and writes copy; a guest that runs meanwhile can tear them.

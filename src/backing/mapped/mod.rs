@@ -38,6 +38,8 @@ use crate::image::Source;
 use crate::overlay::{Index, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet};
 use crate::ram::Ram;
+#[cfg(feature = "kvm")]
+use crate::sys::mapping::KeptRange;
 use crate::sys::mapping::Mapping;
 use crate::sys::memfd::Memfd;
 use crate::sys::pagemap::ScanMethod;
@@ -241,6 +243,12 @@ impl Mapped {
     /// Where the space lies in this process, all of it. Stable for the life of the space; dereferencing it is the embedder's unsafe code.
     pub fn host_base(&self) -> NonNull<u8> {
         self.state.read().mapping.base()
+    }
+
+    /// Part of the space's addresses, kept mapped for whoever holds host pointers.
+    #[cfg(feature = "kvm")]
+    pub(crate) fn keep(&self, at: ByteOffset, len: ByteSize) -> Result<KeptRange, SpaceError> {
+        Ok(self.shared()?.mapping.keep(at, len)?)
     }
 
     /// Kernel mappings that it is made of, against [`Limits::mappings_per_vm`](crate::Limits::mappings_per_vm).

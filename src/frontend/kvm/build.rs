@@ -14,7 +14,9 @@ use super::host::KvmHost;
 use super::ram::{DirtyLog, HostMemory, RamSlot, SlotNumber};
 use super::vcpu::VcpuIndex;
 use super::{machine_error, vcpu_error};
+use crate::backing::Mapped;
 use crate::page::GuestAddress;
+use crate::ram::Ram;
 
 /// Where Intel hosts that cannot run real mode directly keep three pages of their own: below the BIOS, as other VMMs
 /// have it.
@@ -52,6 +54,20 @@ impl VmBuilder {
         log: DirtyLog,
     ) -> Result<Self, KvmError> {
         self.slots.push(RamSlot::register(&self.vm, number, at, memory, log)?);
+        Ok(self)
+    }
+
+    /// Registers every region of an engine VM's RAM, as slots from 0 up. One call a region. The addresses are stable, so the slots stay
+    /// right through forks and resets, for which the vCPUs must be paused; the slots keep the memory mapped even if the VM goes first.
+    ///
+    /// # Errors
+    /// As [`RamSlot::register`], and [`KvmError::Ram`].
+    pub fn engine_ram(mut self, ram: &Ram<Mapped>) -> Result<Self, KvmError> {
+        for (region, offset) in ram.layout().regions() {
+            let kept = ram.space().keep(offset, region.len).map_err(KvmError::Ram)?;
+            let number = SlotNumber::new(self.slots.len() as u32);
+            self.slots.push(RamSlot::register(&self.vm, number, region.start, Arc::new(kept), DirtyLog::Off)?);
+        }
         Ok(self)
     }
 

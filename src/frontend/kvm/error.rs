@@ -21,6 +21,9 @@ pub enum KvmError {
         /// What the host said.
         source: io::Error,
     },
+    /// The engine's RAM could not be handed over.
+    #[error("guest RAM could not be registered: {0}")]
+    Ram(#[source] crate::error::SpaceError),
     /// The host refused a call on one vCPU.
     #[error("{call} failed on {vcpu}: {source}; {}", call.advice())]
     Vcpu {

@@ -106,6 +106,13 @@ pub struct MachineState {
     pub(super) chips: ChipState,
 }
 
+/// Kept as it is in a fork point: a clone on this host decodes nothing.
+impl crate::StateObject for MachineState {
+    fn encode(&self) -> Vec<u8> {
+        self.to_bytes()
+    }
+}
+
 impl MachineState {
     /// Reads a machine at rest: every vCPU out of `KVM_RUN` with its last exit finished
     /// (see [`finish_exit`](super::finish_exit)), and no thread raising interrupts.
