@@ -156,8 +156,7 @@ impl Geometry {
     /// The length in bytes.
     #[inline]
     pub const fn len(self) -> ByteSize {
-        // Within MAX_LEN, so no bit is lost.
-        ByteSize::new(self.pages.get() << self.page_size.shift())
+        self.page_size.size_of(self.pages)
     }
 
     /// Never: a space holds at least one page. Here because `len` is.

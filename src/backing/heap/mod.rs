@@ -94,10 +94,8 @@ impl<B: PageBody> State<B> {
         }
     }
 
-    /// A constant where the kind of page has only one size.
-    #[inline]
     fn page_size(&self) -> PageSize {
-        B::ONLY.unwrap_or(self.geometry.page_size())
+        self.geometry.page_size()
     }
 
     /// What a page with nothing to say is set to: below an image, a discard must hide it.
@@ -135,7 +133,7 @@ impl<B: PageBody> Backing for Heap<B> {
     type Cut<'a> = HeapCut<'a, B>;
 
     fn create(tree: &Tree, geometry: Geometry, base: Option<Arc<dyn Source>>) -> Result<Self, SpaceError> {
-        if B::ONLY.is_some_and(|only| only != geometry.page_size()) {
+        if !B::supports(geometry.page_size()) {
             return Err(SpaceError::PageSize {
                 size: geometry.page_size(),
                 backing: "Heap<Page4K>",
