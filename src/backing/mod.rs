@@ -24,7 +24,7 @@ use std::sync::Arc;
 use crate::account::{Ledger, Limits, TreeUsage, Usage};
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{ByteOffset, Geometry, PageCount, PageRange, PageSet};
+use crate::page::{ByteOffset, ByteSize, Geometry, PageCount, PageRange, PageSet};
 
 /// What the spaces of one fork tree share: their limits, and the count of all that they hold.
 ///
@@ -45,6 +45,12 @@ impl Tree {
     /// The limits it was made with.
     pub fn limits(&self) -> &Limits {
         self.0.limits()
+    }
+
+    /// Memory that the sealed layers of mapped RAM take in all, as the kernel counts it: shared by every clone, counted once. One call to
+    /// the kernel for each file.
+    pub fn memory_file_bytes(&self) -> ByteSize {
+        self.0.file_bytes()
     }
 
     /// What it holds now. O(1); exact once the threads that make and drop things have come to rest.
@@ -96,7 +102,7 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     ///
     /// # Errors
     /// [`SpaceError::Geometry`] past the end; [`SpaceError::HeapLimit`] or [`SpaceError::System`] where there is no room for a private
-    /// copy. Pages before the one that failed may have been written: each page is written whole or not at all.
+    /// copy. A write happens whole or not at all.
     fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError>;
 
     /// Makes whole pages read as zeroes, whatever lies below, and frees what they held.

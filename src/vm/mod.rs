@@ -13,7 +13,7 @@ mod timings;
 
 pub use commit::CommitError;
 pub use fork::ForkError;
-pub use guest::{BoxError, DeviceState, Guest, Rewind, StateObject};
+pub use guest::{AtRest, BoxError, DeviceState, Guest, Rewind, StateObject};
 pub use identity::{CloneSpec, Config, GenerationId, Identity, IdentityError, MacAddress, Uuid, VmName};
 pub use point::{ForkPoint, PointDiff, SpawnError};
 pub use reset::ResetError;
@@ -252,6 +252,16 @@ impl<B: Backing> Vm<B> {
     pub fn usage(&self) -> Result<VmUsage, SpaceError> {
         let disks = self.disks.iter().map(|(name, disk)| Ok((name.clone(), disk.usage()?)));
         Ok(VmUsage { ram: self.ram.usage()?, disks: disks.collect::<Result<_, SpaceError>>()? })
+    }
+
+    /// The pages of RAM and of each disk that were written or zeroed since its last fork point, as far as its backing tells. Costs
+    /// by what was written.
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    pub fn dirty(&self) -> Result<PointDiff, SpaceError> {
+        let disks = self.disks.iter().map(|(name, disk)| Ok((name.clone(), disk.dirty()?)));
+        Ok(PointDiff { ram: self.ram.space().dirty()?, disks: disks.collect::<Result<_, SpaceError>>()? })
     }
 
     /// Derives every invariant of its spaces again and compares. For tests: it walks all tables.

@@ -71,52 +71,52 @@ impl<B: PageBody> State<B> {
 
     pub(super) fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError> {
         self.geometry.check(at, ByteSize::new(data.len() as u64))?;
+        // Everything that can fail comes before the first byte is written, so a write happens whole or not at all.
+        let mut made = Vec::new();
         for (page, within, part) in pieces(self.geometry, at, data.len()) {
-            match self.live.get(page) {
-                Some(own) => own.write(within, &data[part]),
-                None => self.write_shared(page, within, &data[part])?,
+            if self.live.get(page).is_none() {
+                made.push((page, self.private_copy(page, within, &data[part])?));
             }
+        }
+        made.into_iter().for_each(|(page, new)| self.install(page, new));
+        for (page, within, part) in pieces(self.geometry, at, data.len()) {
+            let own = self.live.get(page).expect("installed above, and nobody takes a page out while the lock is held");
+            own.write(within, &data[part]);
         }
         Ok(())
     }
 
-    /// Breaks sharing of one page with this write.
+    /// The page that breaks sharing for this write: a copy of what is there, or the data itself where it fills the page.
     #[cold]
-    fn write_shared(&self, page: PageIndex, within: usize, data: &[u8]) -> Result<(), SpaceError> {
+    fn private_copy(&self, page: PageIndex, within: usize, data: &[u8]) -> Result<Page<B>, SpaceError> {
         let size = self.page_size();
-        let whole = data.len() as u64 == size.bytes().get();
         let charge = || {
             let limit = self.tree.limits().heap_pages;
             self.tree.0.charge_heap_page().ok_or(SpaceError::HeapLimit { limit })
         };
-        let new = if whole {
-            Page::from_bytes(size, data, charge()?)
-        } else {
-            match self.below.get(page) {
-                PageState::Data(shared) => Page::copy_of(size, shared, charge()?),
-                PageState::Zero => Page::zeroed(size, charge()?),
-                PageState::Absent if self.origin.base().is_none() => Page::zeroed(size, charge()?),
-                PageState::Absent => {
-                    let mut bytes = vec![0; size.bytes().get() as usize];
-                    self.origin.read_base(size.start_of(page), &mut bytes)?;
-                    Page::from_bytes(size, &bytes, charge()?)
-                }
-            }
-        };
-        match self.live.install(page, Arc::new(new)) {
-            Ok(own) => {
-                let mut next = self.next.lock();
-                let bytes = next.index.set(PageRange::one(page), &PageState::Data(own.clone()));
-                next.table_bytes += bytes;
-                drop(next);
-                if !whole {
-                    own.write(within, data);
-                }
-            }
-            // Another CPU made it private first: a normal outcome of two first writes. Ours was never seen by anybody.
-            Err(theirs) => theirs.write(within, data),
+        if within == 0 && data.len() as u64 == size.bytes().get() {
+            return Ok(Page::from_bytes(size, data, charge()?));
         }
-        Ok(())
+        Ok(match self.below.get(page) {
+            PageState::Data(shared) => Page::copy_of(size, shared, charge()?),
+            PageState::Zero => Page::zeroed(size, charge()?),
+            PageState::Absent if self.origin.base().is_none() => Page::zeroed(size, charge()?),
+            PageState::Absent => {
+                let mut bytes = vec![0; size.bytes().get() as usize];
+                self.origin.read_base(size.start_of(page), &mut bytes)?;
+                Page::from_bytes(size, &bytes, charge()?)
+            }
+        })
+    }
+
+    /// Makes a page private, unless another CPU did so first: a normal outcome of two first writes, after which both write into the
+    /// winner's page. The loser's was never seen by anybody.
+    fn install(&self, page: PageIndex, new: Page<B>) {
+        if let Ok(own) = self.live.install(page, Arc::new(new)) {
+            let mut next = self.next.lock();
+            let bytes = next.index.set(PageRange::one(page), &PageState::Data(own.clone()));
+            next.table_bytes += bytes;
+        }
     }
 }
 

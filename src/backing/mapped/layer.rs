@@ -4,9 +4,9 @@
 //! layer and nothing to corrupt. A layer is sealed before anybody else can name it, and is closed when the last index that
 //! names it goes. Must not know which VM maps it.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
-use crate::account::{Charge, Item};
+use crate::account::{Allocated, Charge, Item};
 use crate::backing::Tree;
 use crate::error::SpaceError;
 use crate::image::Source;
@@ -29,7 +29,17 @@ pub(super) struct Layer {
 
 impl Layer {
     pub(super) fn new(tree: &Tree, file: SealedMemfd) -> Arc<Self> {
-        Arc::new(Self { file, _charge: tree.0.charge(Item::MemoryFile) })
+        let layer = Arc::new(Self { file, _charge: tree.0.charge(Item::MemoryFile) });
+        let weak: Weak<Self> = Arc::downgrade(&layer);
+        tree.0.register_file(weak);
+        layer
+    }
+}
+
+impl Allocated for Layer {
+    fn allocated(&self) -> ByteSize {
+        // fstat(2) of a file that is open cannot fail; if it does, the file counts for nothing.
+        self.file.allocated().unwrap_or(ByteSize::ZERO)
     }
 }
 

@@ -14,6 +14,7 @@
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
 //! | `vcpu.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
 //! | `encode.rs`, `decode.rs` | the stable bytes |
+//! | `diff.rs` | where two states differ, by name |
 //! | `call.rs`, `error.rs` | names of calls, errors with advice |
 //!
 //! # A clone from nothing to its first instruction
@@ -40,6 +41,7 @@ mod build;
 mod call;
 mod chips;
 mod decode;
+mod diff;
 mod encode;
 mod error;
 mod exit;
@@ -53,6 +55,7 @@ mod vcpu;
 pub use build::{KvmMachine, VmBuilder, VmWithDevices};
 pub use call::KvmCall;
 pub use chips::{Clock, Devices, Irqchips, Pit};
+pub use diff::{Difference, Part};
 pub use encode::{FORMAT_VERSION, MAX_ENCODED_SIZE};
 pub use error::{DecodeError, KvmError};
 pub use exit::finish_exit;
