@@ -237,7 +237,9 @@ impl<B: Backing> ImagePair<B> {
     }
 
     pub(super) fn merge_onto(&self, ancestor: &Self) -> Self {
-        Self { image: ok("merge_onto", self.image.merge_onto(&ancestor.image)), flat: self.flat.clone() }
+        let mut flat = self.flat.clone();
+        flat.rewrite(&self.flat.touched(&ancestor.flat));
+        Self { image: ok("merge_onto", self.image.merge_onto(&ancestor.image)), flat }
     }
 }
 

@@ -13,6 +13,7 @@ use offshoot::{SpaceError, Tree, Usage};
 
 /// What is wrong with a [`Broken`] backing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(dead_code, reason = "each test that includes this file uses some of them")]
 pub enum Flaw {
     /// Nothing: the control.
     None,
