@@ -193,7 +193,8 @@ impl<B: Backing> World<B> {
                 target.now.register = now.register;
                 self.seen.borrow_mut().insert("committed");
             }
-            Err((error, vm)) => {
+            Err(failed) => {
+                let (error, vm) = *failed;
                 self.seen.borrow_mut().insert(match error {
                     CommitError::IllegalState(_) => "commit illegal",
                     CommitError::NotAChild => "commit of no child",
