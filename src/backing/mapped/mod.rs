@@ -165,7 +165,8 @@ impl State {
         Ok(self.mapping.zero(host)?)
     }
 
-    fn reset(&mut self) -> Result<PageCount, SpaceError> {
+    /// Drops what is private: the pages `dirty` lists, or all that a scan finds.
+    fn reset(&mut self, dirty: Option<&PageSet>) -> Result<PageCount, SpaceError> {
         if self.origin.is_root() {
             let changed = self.changed_from_root()?;
             let size = self.geometry().page_size();
@@ -190,7 +191,10 @@ impl State {
                 }
             }
         }
-        let dropped = self.mapping.reset_private(origin.family().pagemap()?)?;
+        let dropped = match dirty {
+            Some(dirty) => self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?,
+            None => self.mapping.reset_private(origin.family().pagemap()?)?,
+        };
         self.shown = origin.index().clone();
         self.table_bytes = 0;
         let scale = self.geometry().page_size().shift() - HOST_PAGE.shift();
@@ -238,6 +242,19 @@ impl Mapped {
         let state = self.state.try_write_for(VIEW_PATIENCE).ok_or(SpaceError::Busy { waited: VIEW_PATIENCE })?;
         state.usable()?;
         Ok(state)
+    }
+
+    /// As [`Backing::reset`] for a caller that knows which pages were written or zeroed since [`Backing::origin`]: no page table is
+    /// searched. A page that `dirty` leaves out stays as it is. Costs by what is listed.
+    ///
+    /// # Errors
+    /// As [`Backing::reset`], and [`SpaceError::Geometry`] where `dirty` reaches past the end; nothing is changed then.
+    pub fn reset_listed(&self, dirty: &PageSet) -> Result<PageCount, SpaceError> {
+        let mut state = self.exclusive()?;
+        if let Some(last) = dirty.runs().last() {
+            state.geometry().check_pages(last)?;
+        }
+        state.reset(Some(dirty))
     }
 
     /// Where the space lies in this process, all of it. Stable for the life of the space; dereferencing it is the embedder's unsafe code.
@@ -347,7 +364,7 @@ impl Backing for Mapped {
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {
-        self.exclusive()?.reset()
+        self.exclusive()?.reset(None)
     }
 
     /// What it holds. Asks the kernel: by the page tables in use, some 3 ms per GiB that the guest has touched.

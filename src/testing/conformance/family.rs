@@ -117,11 +117,19 @@ impl<B: Backing> Bench<B> {
         let same = first.flat.page(crate::page::PageIndex::new(3)).to_vec();
         clone.write(3 * self.page(), &same);
         let mine = clone.cut();
+        // Pages that nobody wrote, between pages that somebody did.
+        let mut gaps = first.spawn();
+        for page in (0..self.count()).step_by(2) {
+            gaps.write(page * self.page() + 8, b"gap");
+        }
+        let gaps = gaps.cut();
         let second = pair.cut();
         for (a, b, when) in [
             (&first, &first, "with itself"),
             (&first, &second, "parent and child"),
             (&mine, &second, "cousins"),
+            (&first, &gaps, "every other page"),
+            (&mine, &gaps, "siblings"),
             (&first, &mine, "fork point and clone's"),
         ] {
             a.check_diff(b, when);
