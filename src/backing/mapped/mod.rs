@@ -19,6 +19,8 @@
 mod cut;
 mod image;
 mod layer;
+#[cfg(test)]
+mod tests;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
@@ -152,7 +154,7 @@ impl State {
             };
         }
         let budget = self.origin.tree().limits().mappings_per_vm;
-        if self.mapping.kernel_mappings() + 2 <= budget {
+        if self.mapping.kernel_mappings_with(host) <= budget {
             let geometry = self.geometry();
             let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
             match self.show(range, &Spot { layer, content: Content::Hole }) {
