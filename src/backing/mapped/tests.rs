@@ -43,3 +43,34 @@ fn a_balloon_that_grows_page_by_page_takes_no_memory() {
     space.zero(range(0, 4096)).unwrap();
     assert_eq!((private(&space), space.kernel_mappings()), (0, 1));
 }
+
+#[test]
+fn a_discard_after_an_undone_cut_takes_no_memory() {
+    let space = space(Limits::default(), 4096, ByteSize::kib(4));
+    space.write(page(5), &[1]).unwrap();
+    drop(space.cut().unwrap());
+    space.zero(range(0, 4096)).unwrap();
+    let mut byte = [9];
+    space.read(page(5), &mut byte).unwrap();
+    assert_eq!((byte, private(&space)), ([0], 1));
+    assert!(space.dirty().unwrap().is_empty());
+}
+
+#[test]
+fn parts_of_larger_pages_are_counted_as_pages() {
+    let space = space(Limits::default(), 8, ByteSize::kib(16));
+    [1, 9, 17].into_iter().for_each(|at| space.write(page(at), &[1]).unwrap());
+    assert_eq!((private(&space), space.dirty().unwrap().count().get()), (3, 3));
+}
+
+#[test]
+fn a_listed_page_that_was_zeroed_counts_once() {
+    let space = space(Limits::default(), 8, ByteSize::kib(4));
+    space.write(page(1), &[1]).unwrap();
+    cut(&space);
+    space.zero(range(1, 2)).unwrap();
+    space.write(page(2), &[1]).unwrap();
+    let dirty = space.dirty().unwrap();
+    assert_eq!(space.reset_listed(&dirty).unwrap(), dirty.count());
+    assert!(space.dirty().unwrap().is_empty());
+}
