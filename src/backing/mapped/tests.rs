@@ -32,6 +32,31 @@ fn private(space: &Mapped) -> u64 {
 }
 
 #[test]
+fn a_parent_can_be_forked_for_ever() {
+    let parent = space(narrow(), 4096, ByteSize::kib(4));
+    parent.write(page(0), &[255; 4096]).unwrap();
+    let mut model = vec![0u8; 4096];
+    model[0] = 255;
+    for n in 0..300 {
+        let (at, zeroed) = (n * 37 % 4096, (n * 101 + 7) % 4096);
+        parent.write(page(at), &[n as u8 | 1]).unwrap();
+        parent.zero(range(zeroed, zeroed + 1)).unwrap();
+        (model[at as usize], model[zeroed as usize]) = (n as u8 | 1, 0);
+        let image = cut(&parent);
+        if n % 50 == 49 {
+            let clone = image.spawn().unwrap();
+            assert!(clone.kernel_mappings() <= 16);
+            for (at, want) in model.iter().enumerate() {
+                let mut byte = [0];
+                clone.read(page(at as u64), &mut byte).unwrap();
+                assert_eq!(byte, [*want], "page {at} after {n} forks");
+            }
+            parent.validate().unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_balloon_that_grows_page_by_page_takes_no_memory() {
     let space = space(narrow(), 4096, ByteSize::kib(4));
     (0..100).for_each(|at| space.write(page(at), &[1]).unwrap());
