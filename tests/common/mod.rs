@@ -7,7 +7,7 @@ use offshoot::disk::{Access, Disk};
 use offshoot::page::{ByteSize, GuestAddress, PageSize, SectorCount};
 use offshoot::ram::RamLayout;
 use offshoot::testing::ScriptedGuest;
-use offshoot::{DiskName, Limits, Tree, TreeUsage, Vm, VmName};
+use offshoot::{BuildError, DiskName, Limits, Tree, TreeUsage, Vm, VmName};
 
 pub const PAGE: u64 = 4096;
 pub const RAM_PAGES: u64 = 16;
@@ -34,11 +34,15 @@ pub type AnyHeap = Heap<AnyPage>;
 /// A VM that is off, with a disk, on a tree of its own.
 pub fn off<B: Backing>(limits: Limits) -> (Tree, Vm<B>) {
     let tree = Tree::new(limits);
-    let layout = RamLayout::flat(ByteSize::new(RAM_PAGES * PAGE), PageSize::KIB_4).expect("a layout");
-    let disk = Disk::blank(&tree, SectorCount::new(64), Access::ReadWrite).expect("a disk");
-    let name = VmName::new("parent").expect("a name");
-    let vm = Vm::new(&tree, name, layout, vec![(DiskName::new("d"), disk)]).expect("a VM");
+    let vm = off_on(&tree).expect("a VM");
     (tree, vm)
+}
+
+/// The same on a tree that is there already.
+pub fn off_on<B: Backing>(tree: &Tree) -> Result<Vm<B>, BuildError> {
+    let layout = RamLayout::flat(ByteSize::new(RAM_PAGES * PAGE), PageSize::KIB_4).expect("a layout");
+    let disk = Disk::blank(tree, SectorCount::new(64), Access::ReadWrite).expect("a disk");
+    Vm::new(tree, VmName::new("parent").expect("a name"), layout, vec![(DiskName::new("d"), disk)])
 }
 
 /// The same, with its guest running.
