@@ -20,9 +20,11 @@ struct LiveMid<P> {
     leaves: [OnceLock<Box<LiveLeaf<P>>>; MID_LEAVES],
 }
 
+type Mids<P> = Box<[OnceLock<Box<LiveMid<P>>>]>;
+
 /// A clone's own pages. Empty tables cost nothing.
 pub(crate) struct Live<P> {
-    mids: OnceLock<Box<[OnceLock<Box<LiveMid<P>>>]>>,
+    mids: OnceLock<Mids<P>>,
     space: PageCount,
     count: AtomicU64,
     table_bytes: AtomicU64,

@@ -198,7 +198,11 @@ impl Mapping {
             self.extents.insert(0, base);
         }
         // What the new extent covers is gone; what it cuts goes on after it.
-        self.extents.retain(|&from, _| from < start || from >= end);
+        // By the covered entries, not by all: a diverged clone has thousands, laid one after another.
+        let covered: Vec<u64> = self.extents.range(start..end).map(|(&from, _)| from).collect();
+        for from in covered {
+            self.extents.remove(&from);
+        }
         if end < self.geometry.pages().get() {
             self.extents.entry(end).or_insert(after);
         }
