@@ -30,9 +30,11 @@ impl<P> LiveMid<P> {
     }
 }
 
+type Mids<P> = Box<[OnceLock<Box<LiveMid<P>>>]>;
+
 /// A clone's own pages. Empty tables cost nothing.
 pub(crate) struct Live<P> {
-    mids: OnceLock<Box<[OnceLock<Box<LiveMid<P>>>]>>,
+    mids: OnceLock<Mids<P>>,
     space: PageCount,
     count: AtomicU64,
     table_bytes: AtomicU64,

@@ -192,13 +192,20 @@ impl State {
             }
         }
         let dropped = match dirty {
-            Some(dirty) => self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?,
-            None => self.mapping.reset_private(origin.family().pagemap()?)?,
+            Some(dirty) => {
+                self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?;
+                dirty.count()
+            }
+            // The kernel counts its own pages; larger ones, of which it may hold a part each, are counted before they are gone.
+            None if self.geometry().page_size() != HOST_PAGE => {
+                let private = self.private_pages()?.count();
+                self.mapping.reset_private(origin.family().pagemap()?)?;
+                private
+            }
+            None => self.mapping.reset_private(origin.family().pagemap()?)?.pages,
         };
         self.shown = origin.index().clone();
         self.table_bytes = 0;
-        let scale = self.geometry().page_size().shift() - HOST_PAGE.shift();
-        let dropped = PageCount::new(dropped.pages.get().div_ceil(1 << scale));
         Ok(dropped.saturating_add(moved.count()))
     }
 }
