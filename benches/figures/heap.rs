@@ -111,20 +111,16 @@ impl Reads {
 #[inline(always)]
 fn reads(random: &mut Random, len: ByteSize, how: Reads, mut load: impl FnMut(u64) -> u64) -> f64 {
     let mask = (len.get() - 1) & !7;
-    let (time, ()) = timed(|| match how {
-        Reads::Independent => {
-            let mut sum = 0u64;
-            for _ in 0..how.count() {
-                sum = sum.wrapping_add(load(random.next() & mask));
-            }
-            black_box(sum);
-        }
-        Reads::Chained => {
-            for _ in 0..how.count() {
-                let value = load(random.next() & mask);
+    let (time, ()) = timed(|| {
+        let mut sum = 0u64;
+        for _ in 0..how.count() {
+            let value = load(random.next() & mask);
+            sum = sum.wrapping_add(value);
+            if how == Reads::Chained {
                 random.stir(value);
             }
         }
+        black_box(sum);
     });
     time / how.count() as f64
 }

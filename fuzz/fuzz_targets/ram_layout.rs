@@ -94,8 +94,8 @@ impl Model {
     /// Where an access lies: all of it in regions that follow each other without a gap.
     fn locate(&self, at: u128, len: u128) -> Option<u128> {
         if len == 0 {
-            let touches = self.regions.iter().filter(|(start, len, _)| *start <= at && at <= start + len);
-            return touches.last().map(|(start, _, offset)| offset + (at - start));
+            let mut touches = self.regions.iter().filter(|(start, len, _)| *start <= at && at <= start + len);
+            return touches.next_back().map(|(start, _, offset)| offset + (at - start));
         }
         let (mut here, end) = (at, at + len);
         for (start, len, _) in &self.regions {

@@ -139,7 +139,8 @@ impl<B: Backing> Vm<B> {
                 images.push((name.clone(), DiskImage::new(image, disk)));
             }
             let layout = self.ram.layout().clone();
-            (PointParts { layout, ram, disks: images, device, parent: self.identity.name.clone() }, deferred)
+            let (parent, clones) = (self.identity.name.clone(), self.clones.clone());
+            (PointParts { layout, ram, disks: images, device, parent, clones }, deferred)
         };
         timings.cut = clock.lap();
 
