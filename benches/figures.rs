@@ -20,6 +20,8 @@ mod figures {
     pub mod bare;
     pub mod disk;
     pub mod heap;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod kvm;
     #[cfg(target_os = "linux")]
     pub mod mapped;
     pub mod options;
@@ -57,6 +59,12 @@ macro_rules! linux {
     };
 }
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+const KVM: fn(&Effort, &mut Report) -> Outcome = figures::kvm::first_instruction;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+const KVM: fn(&Effort, &mut Report) -> Outcome =
+    |_, _| Err(figures::report::Skip::new("KVM is for Linux on x86-64 here"));
+
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
     Figure { name: "pause", what: "mapped face: cutting a resident parent", run: linux!(mapped::pause) },
@@ -64,6 +72,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "first-write", what: "mapped face: breaking sharing", run: linux!(mapped::first_write) },
     Figure { name: "reset", what: "mapped face: dropping what a clone wrote", run: linux!(mapped::reset) },
     Figure { name: "memory", what: "engine memory of an idle clone", run: figures::spawn::memory },
+    Figure { name: "kvm", what: "a clone from nothing to its first guest instruction", run: KVM },
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },

@@ -72,6 +72,11 @@ impl View {
         Ok(())
     }
 
+    /// The first address: what a memory slot is registered with.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
     pub fn touch(&self, page: u64) {
         assert!((page * PAGE) as usize + 8 <= self.len, "past the end of the view");
         // SAFETY: inside this value's range, mapped writable.

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // A guest's stores go through host pointers, so these must.
 
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use offshoot::backing::{Backing, Cut, Mapped, Sealed};
 use offshoot::page::ByteSize;
@@ -10,31 +11,36 @@ use super::bare::{self, View, filled_memfd};
 use super::options::Effort;
 use super::report::{Baseline, Goal, Outcome, Report, Row, Skip, Unit};
 use super::sample::{Random, Round, Stats, timed};
-use super::subject::{PAGE, at, cut, empty, fill, needs_memory, running, size_name, spawned};
+use super::subject::{Idle, PAGE, at, cut, empty, fill, needs_memory, running, size_name, spawned};
 
-/// The cut of a resident parent. Each sample is undone, so that one parent serves all; one whole fork comes last.
+/// The fork of a resident parent, stopped time and what it put off. Each sample is the first fork of a parent of its own; cutting one
+/// parent again and again, each cut undone, is a row beside it.
 pub fn pause(effort: &Effort, report: &mut Report) -> Outcome {
     let (small, large) = effort.pick((ByteSize::mib(256), ByteSize::gib(1)), (ByteSize::gib(1), ByteSize::gib(8)));
-    needs_memory(ByteSize::new(small.get() + large.get()))?;
-    let ((small_cut, large_cut), forks) = {
-        let vms = [running::<Mapped>(small)?, running::<Mapped>(large)?];
+    needs_memory(large)?;
+    let mut samples = [const { Vec::new() }; 6];
+    for _ in 0..effort.pick(5, 3) {
+        for (at, len) in [small, large].into_iter().enumerate() {
+            let vm = running::<Mapped>(len)?;
+            let point = vm.fork(&mut Idle)?;
+            samples[at].push(nanoseconds(point.timings().stopped()));
+            samples[2 + at].push(nanoseconds(point.timings().cut));
+            samples[4 + at].push(nanoseconds(point.teardown().wait()));
+        }
+    }
+    let [small_stop, large_stop, small_cut, large_cut, small_down, large_down] = samples.map(Stats::of);
+    let mut again = Vec::new();
+    for len in [small, large] {
+        let vm = running::<Mapped>(len)?;
         let mut round = Round::new(effort);
-        for vm in &vms {
-            round.probe(|| {
-                let (time, cut) = timed(|| vm.ram().space().cut().expect("nobody else uses it"));
-                drop(cut);
-                time
-            });
-        }
-        let [small_cut, large_cut] = round.run();
-        let mut forks = Vec::new();
-        for vm in &vms {
-            let point = vm.fork(&mut super::subject::Idle)?;
-            let teardown = point.teardown().wait();
-            forks.push((point.timings().stopped().as_secs_f64() * 1e9, teardown.as_secs_f64() * 1e9));
-        }
-        ((small_cut, large_cut), forks)
-    };
+        round.probe(|| {
+            let (time, cut) = timed(|| vm.ram().space().cut().expect("nobody else uses it"));
+            drop(cut);
+            time
+        });
+        let [stats] = round.run();
+        again.push(stats);
+    }
     let in_place = {
         let file = filled_memfd(large)?;
         let mut samples = Vec::new();
@@ -47,41 +53,27 @@ pub fn pause(effort: &Effort, report: &mut Report) -> Outcome {
         }
         Stats::of(samples)
     };
-    let in_place = || Some(Baseline::new(format!("remap in place at {}", size_name(large)), in_place));
-    report.row(&Row {
-        case: format!("cut, {} resident", size_name(small)),
-        unit: Unit::Microseconds,
-        stats: small_cut,
-        baseline: in_place(),
-        goal: Goal::None,
-    });
-    report.row(&Row {
-        case: format!("cut, {} resident", size_name(large)),
-        unit: Unit::Microseconds,
-        stats: large_cut,
-        baseline: in_place(),
-        goal: Goal::Median(200.0),
-    });
-    report.row(&Row {
-        case: format!("flat: cut, {} resident", size_name(large)),
-        unit: Unit::Microseconds,
-        stats: large_cut,
-        baseline: Some(Baseline::new(format!("the same at {}", size_name(small)), small_cut)),
-        goal: Goal::Ratio(1.5),
-    });
-    for (size, (stopped, teardown)) in [small, large].into_iter().zip(forks) {
-        for (what, time, unit) in [("stopped", stopped, Unit::Microseconds), ("put off", teardown, Unit::Milliseconds)]
-        {
-            report.row(&Row {
-                case: format!("Vm::fork, once: {what}, {}", size_name(size)),
-                unit,
-                stats: Stats::exactly(time),
-                baseline: in_place(),
-                goal: Goal::None,
-            });
-        }
-    }
+    let in_place = || Baseline::new(format!("remap in place, {}", size_name(large)), in_place);
+    let mut row = |case: String, unit, stats, baseline, goal| {
+        report.row(&Row { case, unit, stats, baseline: Some(baseline), goal });
+    };
+    let (small, large) = (size_name(small), size_name(large));
+    let micro = Unit::Microseconds;
+    row(format!("stopped, {small} resident"), micro, small_stop, in_place(), Goal::None);
+    row(format!("stopped, {large} resident"), micro, large_stop, in_place(), Goal::Median(200.0));
+    let same = Baseline::new(format!("the same at {small}"), small_stop);
+    row(format!("flat: stopped, {large} resident"), micro, large_stop, same, Goal::Ratio(1.5));
+    row(format!("of it the cut, {small}"), micro, small_cut, in_place(), Goal::None);
+    row(format!("of it the cut, {large}"), micro, large_cut, in_place(), Goal::None);
+    row(format!("cut again, each undone, {small}"), micro, again[0], in_place(), Goal::None);
+    row(format!("cut again, each undone, {large}"), micro, again[1], in_place(), Goal::None);
+    row(format!("put off, {small}"), Unit::Milliseconds, small_down, in_place(), Goal::None);
+    row(format!("put off, {large}"), Unit::Milliseconds, large_down, in_place(), Goal::None);
     Ok(())
+}
+
+fn nanoseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e9
 }
 
 /// Where the dirty pages of a clone lie.

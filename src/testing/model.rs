@@ -161,6 +161,11 @@ impl ByteSource {
         Self { bytes, left: AtomicU64::new(u64::MAX) }
     }
 
+    /// Reads left until they fail; `u64::MAX` where they never do.
+    pub fn reads_left(&self) -> u64 {
+        self.left.load(Ordering::SeqCst)
+    }
+
     /// From now on `reads` reads succeed and all later ones fail with [`ImageError::Io`], until this is called again.
     pub fn fail_after(&self, reads: u64) {
         self.left.store(reads, Ordering::SeqCst);

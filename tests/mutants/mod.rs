@@ -82,6 +82,11 @@ pub enum Flaw {
 /// A flaw as a type.
 pub trait Has: Send + Sync + std::fmt::Debug + 'static {
     const FLAW: Flaw;
+
+    /// What a commit of this backing puts off.
+    fn deferred(own: Deferred) -> Deferred {
+        own
+    }
 }
 
 pub struct Broken<F: Has> {
@@ -308,7 +313,7 @@ impl<F: Has> Cut for BrokenCut<'_, F> {
     fn commit(mut self) -> (BrokenImage<F>, Deferred) {
         let cut = self.cut.take().unwrap_or_else(|| self.space.heap.cut().expect("nobody holds it"));
         let (image, deferred) = cut.commit();
-        (self.space.sealed(image), deferred)
+        (self.space.sealed(image), F::deferred(deferred))
     }
 }
 
