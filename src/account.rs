@@ -4,8 +4,10 @@
 //! totals are exact and a leak is a number that does not return to where it was. Counters only: no locks, no
 //! knowledge of what a page or a layer is.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use crate::page::{ByteSize, PageCount};
 
@@ -30,12 +32,12 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// No bound on heap pages, 8,192 mappings a VM, 65,536 levels, 256 MiB of device state.
+    /// No bound on heap pages or depth, 8,192 mappings a VM, 256 MiB of device state.
     fn default() -> Self {
         Self {
             heap_pages: PageCount::new(u64::MAX),
             mappings_per_vm: 8192,
-            depth: 65_536,
+            depth: u32::MAX,
             device_state: ByteSize::mib(256),
         }
     }
@@ -83,6 +85,13 @@ pub(crate) struct Ledger {
     images: AtomicU64,
     memory_files: AtomicU64,
     heap_pages: AtomicU64,
+    /// Who can say how much memory the sealed files take. Touched when a file is made, and by polls.
+    files: Mutex<Vec<Weak<dyn Allocated>>>,
+}
+
+/// Something whose memory the kernel allocates page by page, and can count.
+pub(crate) trait Allocated: Send + Sync + std::fmt::Debug {
+    fn allocated(&self) -> ByteSize;
 }
 
 /// A thing that a [`Ledger`] counts.
@@ -111,6 +120,7 @@ impl Ledger {
             images: AtomicU64::new(0),
             memory_files: AtomicU64::new(0),
             heap_pages: AtomicU64::new(0),
+            files: Mutex::new(Vec::new()),
         })
     }
 
@@ -138,6 +148,21 @@ impl Ledger {
         let charge = self.charge(Item::HeapPage);
         // Counted first and given back by the drop, so that two threads at the limit cannot both pass it.
         (self.heap_pages.load(Ordering::Relaxed) <= self.limits.heap_pages.get()).then_some(charge)
+    }
+
+    /// Remembers a memory file for [`Ledger::file_bytes`]; forgets those that are gone.
+    pub(crate) fn register_file(&self, file: Weak<dyn Allocated>) {
+        let mut files = self.files.lock();
+        // Doubling keeps the forgetting at a constant cost a file.
+        if files.len() == files.capacity() {
+            files.retain(|file| file.strong_count() > 0);
+        }
+        files.push(file);
+    }
+
+    pub(crate) fn file_bytes(&self) -> ByteSize {
+        let files: Vec<_> = self.files.lock().iter().filter_map(Weak::upgrade).collect();
+        ByteSize::new(files.iter().map(|file| file.allocated().get()).sum())
     }
 
     pub(crate) fn usage(&self) -> TreeUsage {

@@ -8,15 +8,15 @@
 //! memory files and private mappings, the kernel breaks sharing) and, as a base below either, [`FileImage`]. Yours can join: run
 //! `offshoot::testing::conformance` against it.
 
-//mod file;
+mod file;
 mod heap;
-//#[cfg(target_os = "linux")]
-//mod mapped;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod mapped;
 
-//pub use file::FileImage;
+pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
-//#[cfg(target_os = "linux")]
-//pub use mapped::{HostRange, Mapped, MappedImage};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use mapped::{HostRange, Mapped, MappedCut, MappedImage};
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use std::sync::Arc;
 use crate::account::{Ledger, Limits, TreeUsage, Usage};
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{ByteOffset, Geometry, PageCount, PageRange, PageSet};
+use crate::page::{ByteOffset, ByteSize, Geometry, PageCount, PageRange, PageSet};
 
 /// What the spaces of one fork tree share: their limits, and the count of all that they hold.
 ///
@@ -45,6 +45,12 @@ impl Tree {
     /// The limits it was made with.
     pub fn limits(&self) -> &Limits {
         self.0.limits()
+    }
+
+    /// Memory that the sealed layers of mapped RAM take in all, as the kernel counts it: shared by every clone, counted once. One call to
+    /// the kernel for each file.
+    pub fn memory_file_bytes(&self) -> ByteSize {
+        self.0.file_bytes()
     }
 
     /// What it holds now. O(1); exact once the threads that make and drop things have come to rest.
@@ -96,7 +102,7 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     ///
     /// # Errors
     /// [`SpaceError::Geometry`] past the end; [`SpaceError::HeapLimit`] or [`SpaceError::System`] where there is no room for a private
-    /// copy. Pages before the one that failed may have been written: each page is written whole or not at all.
+    /// copy. A write happens whole or not at all.
     fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError>;
 
     /// Makes whole pages read as zeroes, whatever lies below, and frees what they held.

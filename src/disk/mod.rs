@@ -2,7 +2,7 @@
 //!
 //! A [`Disk`] is the concrete handle that a device model holds; under it is any [`Backing`], by default pages on the heap over a
 //! read-only image that all clones share. Owns sector arithmetic, discard and write-zeroes rules and the read-only
-//! rule. Must not know of guests or forks: a fork cuts it through [`AnySpace`], like RAM.
+//! rule. Must not know of guests or forks: a fork cuts it as it cuts RAM.
 
 mod erased;
 
@@ -20,7 +20,7 @@ use crate::page::{
     ByteOffset, ByteSize, Geometry, Lba, PageIndex, PageRange, PageSet, PageSize, SECTOR_SIZE, SectorCount,
 };
 
-/// What can go wrong with a request to a disk. Nothing was changed, but for the pages before the one that failed.
+/// What can go wrong with a request to a disk. Nothing was changed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiskError {
@@ -208,22 +208,24 @@ impl Disk {
         if pages.is_empty() {
             return self.fill_zero(start, end);
         }
-        // The edges first: they can fail for want of memory, and the whole pages only give memory back.
-        self.fill_zero(start, size.start_of(pages.start()).get())?;
-        self.fill_zero(size.start_of(pages.end()).get().min(end), end)?;
-        Ok(self.space.zero(pages)?)
-    }
-
-    /// At most two pages' worth: the edges of a range.
-    fn fill_zero(&self, start: u64, end: u64) -> Result<(), DiskError> {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        let mut at = start;
-        while at < end {
-            let take = (end - at).min(ZEROES.len() as u64);
-            self.space.write(ByteOffset::new(at), &ZEROES[..take as usize])?;
-            at += take;
+        // The edges first: they can fail for want of memory, and the whole pages only give memory back. A first edge
+        // that was zeroed is private by then, so putting it back cannot fail.
+        let head = size.start_of(pages.start()).get();
+        let mut saved = vec![0; (head - start) as usize];
+        self.space.read(ByteOffset::new(start), &mut saved)?;
+        self.fill_zero(start, head)?;
+        let tail = self.fill_zero(size.start_of(pages.end()).get().min(end), end);
+        if let Err(error) = tail.and_then(|()| Ok(self.space.zero(pages)?)) {
+            self.space.write(ByteOffset::new(start), &saved)?;
+            return Err(error);
         }
         Ok(())
+    }
+
+    /// The edges of a range: less than two pages, in one write, which happens whole or not at all.
+    fn fill_zero(&self, start: u64, end: u64) -> Result<(), DiskError> {
+        let zeroes = vec![0; end.saturating_sub(start) as usize];
+        Ok(self.space.write(ByteOffset::new(start), &zeroes)?)
     }
 
     /// The pages that lie in the range whole; the last page of a disk that ends within it counts as whole.

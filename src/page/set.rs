@@ -58,6 +58,45 @@ impl PageSet {
         PageCount::new(self.runs.iter().map(|run| run.count().get()).sum())
     }
 
+    /// How many of its pages lie in `range`. O(log runs), plus the runs in `range`.
+    pub fn count_in(&self, range: PageRange) -> PageCount {
+        let first = self.runs.partition_point(|run| run.end() <= range.start());
+        let meeting = self.runs[first..].iter().take_while(|run| run.start() < range.end());
+        PageCount::new(meeting.map(|run| run.intersect(range).count().get()).sum())
+    }
+
+    /// The pages in either set. O(runs of both).
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        let (mut a, mut b) = (self.runs().peekable(), other.runs().peekable());
+        let mut out = Self::new();
+        loop {
+            let next = match (a.peek(), b.peek()) {
+                (Some(x), Some(y)) if x.start() <= y.start() => a.next(),
+                (_, Some(_)) => b.next(),
+                (_, None) => a.next(),
+            };
+            let Some(next) = next else { return out };
+            let covered = out.runs.last().map_or(PageIndex::ZERO, |last| last.end());
+            out.push(PageRange::from_bounds(next.start().max(covered), next.end()));
+        }
+    }
+
+    /// The set with every gap of at most `pages` between two of its runs filled in.
+    #[must_use]
+    pub fn closing_gaps(&self, pages: PageCount) -> Self {
+        let mut out = Self::new();
+        for run in self.runs() {
+            match out.runs.last_mut() {
+                Some(last) if run.start().get() - last.end().get() <= pages.get() => {
+                    *last = PageRange::from_bounds(last.start(), run.end());
+                }
+                _ => out.runs.push(run),
+            }
+        }
+        out
+    }
+
     /// Whether it holds no page.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
@@ -76,5 +115,40 @@ impl FromIterator<PageIndex> for PageSet {
         let mut set = Self::new();
         pages.into_iter().for_each(|page| set.push(PageRange::one(page)));
         set
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn set(pages: &BTreeSet<u64>) -> PageSet {
+        pages.iter().copied().map(PageIndex::new).collect()
+    }
+
+    #[test]
+    fn agrees_with_a_tree_of_numbers() {
+        let mut seed = 1u64;
+        for _ in 0..300 {
+            let mut random = || {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (seed >> 33) % 60
+            };
+            let a: BTreeSet<u64> = (0..random()).map(|_| random()).collect();
+            let b: BTreeSet<u64> = (0..random()).map(|_| random()).collect();
+            let both: BTreeSet<u64> = a.union(&b).copied().collect();
+            assert_eq!(set(&a).union(&set(&b)), set(&both));
+            let (from, to) = (random(), random());
+            let range = PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to));
+            let inside = a.iter().filter(|page| range.contains(PageIndex::new(**page))).count() as u64;
+            assert_eq!(set(&a).count_in(range).get(), inside);
+            let closed = set(&a).closing_gaps(PageCount::new(3));
+            let gaps: Vec<_> = closed.runs().collect();
+            assert!(gaps.windows(2).all(|pair| pair[1].start().get() - pair[0].end().get() > 3));
+            assert!(a.iter().all(|page| closed.contains(PageIndex::new(*page))));
+            assert!(closed.count().get() <= a.len() as u64 * 4);
+        }
     }
 }

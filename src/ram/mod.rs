@@ -17,7 +17,7 @@ use crate::backing::{Backing, Word};
 use crate::error::SpaceError;
 use crate::page::{ByteOffset, ByteSize, Gfn, GuestAddress, PageCount, PageRange};
 
-/// What can go wrong with an access to guest memory. Nothing was changed, but for the pages before the one that failed.
+/// What can go wrong with an access to guest memory. Nothing was changed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RamError {

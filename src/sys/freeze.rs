@@ -1,6 +1,6 @@
 //! The freeze: a guest's shared view gives way to a private view of the same file at the same address.
 //!
-//! Owns the two ways of doing it and of undoing it. Unmapping a resident view costs 13 ms per GiB, most of it page
+//! Owns the two ways of doing and undoing it. Unmapping a resident view costs 13 to 48 ms per GiB, most of it page
 //! tables, so it must not happen inside the pause. The view is moved instead:
 //!
 //! ```text
@@ -32,7 +32,7 @@ use super::reservation::{GIB, Reservation};
 pub(crate) enum FreezeMethod {
     /// The old view was moved, page tables and all, and waits to be unmapped or restored. Tens of µs at any size.
     MovedAside,
-    /// The old view was unmapped inside the call: 13 ms per resident GiB. Linux before 5.13 cannot do better.
+    /// The old view was unmapped inside the call: 13 to 48 ms per resident GiB. Linux before 5.13 cannot do better.
     RemappedInPlace,
 }
 
@@ -57,7 +57,7 @@ pub(crate) struct RestoreFailed {
 }
 
 /// The view of before a freeze. Restore it if a later step of the fork fails; otherwise drop it on a thread that
-/// nobody waits for (13 ms per resident GiB), and then finish the file's seal.
+/// nobody waits for (13 to 48 ms per resident GiB), and then finish the file's seal.
 #[derive(Debug)]
 pub(crate) struct MovedAside {
     /// `None`: there is nothing to put back, or to unmap.
@@ -127,7 +127,7 @@ impl Mapping {
         Ok(MovedAside { view: Some(spare), home: self.range.base().addr().get(), file: sealed.id() })
     }
 
-    /// The same result by mapping over the old view, which is torn down inside the call: 13 ms per resident GiB. What
+    /// The same by mapping over the old view, which is torn down inside the call: 13 to 48 ms per resident GiB. What
     /// [`move_aside`](Self::move_aside) falls back on, and what benches compare it with.
     ///
     /// # Errors

@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::mm::{Advice as Madvise, MapFlags};
@@ -22,7 +23,7 @@ use super::error::{SysError, checked_errno};
 use super::fault::Call;
 use super::memfd::{FileId, Memfd, SealedMemfd};
 use super::reservation::{Hole, Reservation};
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageRange, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSize};
 
 /// The unit of every range in this folder: the kernel breaks sharing page by page at this size.
 pub(crate) const PAGE: PageSize = PageSize::KIB_4;
@@ -76,7 +77,8 @@ pub(super) enum View {
 /// Guest RAM in an owned address range. Its address never changes while it lives.
 #[derive(Debug)]
 pub(crate) struct Mapping {
-    pub(super) range: Reservation,
+    /// Shared with the [`KeptRange`]s handed out: the addresses are unmapped when the last of them goes.
+    pub(super) range: Arc<Reservation>,
     pub(super) geometry: Geometry,
     pub(super) view: View,
     /// From this page on, up to the next entry, this file is mapped. Empty: one kernel mapping over everything.
@@ -84,6 +86,32 @@ pub(crate) struct Mapping {
     /// Where [`move_aside`](Self::move_aside) puts the old view.
     pub(super) spare: Option<Reservation>,
 }
+
+/// Part of a mapping's addresses, which stay mapped while this lives: for those who hold host pointers, such as memory slots.
+#[derive(Debug)]
+pub(crate) struct KeptRange {
+    base: NonNull<u8>,
+    len: ByteSize,
+    range: Arc<Reservation>,
+}
+
+impl KeptRange {
+    /// The first address.
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        debug_assert!(self.base >= self.range.base());
+        self.base
+    }
+
+    /// Length in bytes.
+    pub(crate) fn len(&self) -> ByteSize {
+        self.len
+    }
+}
+
+// SAFETY: it is an address range and a count; all access to what lies there is by atomics, assembly or a guest.
+unsafe impl Send for KeptRange {}
+// SAFETY: as above.
+unsafe impl Sync for KeptRange {}
 
 impl Mapping {
     /// Maps all of a writable file shared, at a multiple of 1 GiB, so that it can be moved aside by page-table
@@ -96,7 +124,13 @@ impl Mapping {
         let geometry = within(len, file.len())?;
         let range = Reservation::congruent(bytes, 0)?;
         range.map_over(0, bytes, file.as_fd(), MapFlags::SHARED)?;
-        Ok(Self { range, geometry, view: View::Shared(file.id()), extents: BTreeMap::new(), spare: None })
+        Ok(Self {
+            range: Arc::new(range),
+            geometry,
+            view: View::Shared(file.id()),
+            extents: BTreeMap::new(),
+            spare: None,
+        })
     }
 
     /// Maps a sealed file privately: reads share its pages, the first write to a page makes a private copy. With
@@ -118,7 +152,13 @@ impl Mapping {
             Placement::Hole(hole) if hole.len() == len => Reservation::map_private(file.as_fd(), bytes, Some(hole))?,
             Placement::Hole(_) => return Err(SysError::Misuse("a mapping must be as long as the hole it goes into")),
         };
-        Ok(Self { range, geometry, view: View::Private(file.id()), extents: BTreeMap::new(), spare: None })
+        Ok(Self {
+            range: Arc::new(range),
+            geometry,
+            view: View::Private(file.id()),
+            extents: BTreeMap::new(),
+            spare: None,
+        })
     }
 
     /// Maps `base` privately over everything, then each extent's file at the same pages over it, in order. About
@@ -230,6 +270,17 @@ impl Mapping {
         self.range.base()
     }
 
+    /// Part of the addresses, kept mapped for as long as the result lives, even past this object. What they show changes with
+    /// this object as long as it is there, and with nothing after.
+    ///
+    /// # Errors
+    /// Out of range.
+    pub(crate) fn keep(&self, at: ByteOffset, len: ByteSize) -> Result<KeptRange, GeometryError> {
+        self.geometry.check(at, len)?;
+        // Checked, so both fit an address.
+        Ok(KeptRange { base: self.range.at(at.get() as usize), len, range: self.range.clone() })
+    }
+
     /// Length in bytes.
     pub(crate) fn len(&self) -> ByteSize {
         self.geometry.len()
@@ -249,6 +300,19 @@ impl Mapping {
     /// where the kernel has merged neighbouring extents of one file.
     pub(crate) fn kernel_mappings(&self) -> u64 {
         self.extents.len().max(1) as u64 + u64::from(self.spare.is_some())
+    }
+
+    /// Which file each run of pages shows, in ascending order, where private pages do not hide it.
+    pub(crate) fn files(&self) -> Vec<(PageRange, FileId)> {
+        let (View::Shared(base) | View::Private(base)) = self.view;
+        let mut starts: Vec<_> = self.extents.iter().map(|(&from, &file)| (from, file)).collect();
+        if starts.is_empty() {
+            starts.push((0, base));
+        }
+        let ends = starts.iter().skip(1).map(|&(from, _)| from).chain([self.geometry.pages().get()]);
+        let runs = starts.iter().zip(ends);
+        runs.map(|(&(from, file), to)| (PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to)), file))
+            .collect()
     }
 
     /// A range of pages as offset and length in bytes, checked.
@@ -339,9 +403,7 @@ mod tests {
     fn placements_land_where_they_say() {
         let len = ByteSize::kib(64);
         let file = marked(len, 3);
-        // Other tests map things too: a hole may be taken before it is used.
-        let free = |&hole: &Hole| Mapping::map_private(&file, len, Placement::Hole(hole)).is_ok();
-        let hole = std::iter::repeat_with(|| Hole::pick(len).unwrap()).take(100).find(free).unwrap();
+        let hole = Hole::pick(len).unwrap();
         assert!(hole.base().addr().get().is_multiple_of(GIB));
         for placement in [Placement::Anywhere, Placement::GiantAligned, Placement::Hole(hole)] {
             let mapping = Mapping::map_private(&file, len, placement).unwrap();

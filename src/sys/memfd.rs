@@ -5,10 +5,9 @@
 //! page `n` lives at byte `n * 4096`. It must not know what a layer is, nor who shares it.
 //!
 //! Facts about seals are from fcntl(2) and memfd_create(2).
-#![allow(unsafe_code)] // pwritev reads guest memory by address: a slice of it must never exist.
+#![allow(unsafe_code)] // pwritev and preadv take guest memory by address: a slice of it must never exist.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -17,6 +16,7 @@ use rustix::io::Errno;
 
 use super::error::{SysError, checked, checked_errno};
 use super::fault::Call;
+use super::iovec::RawIoVec;
 use super::mapping::{Mapping, PAGE};
 use crate::page::{ByteOffset, ByteSize, Geometry, PageRange};
 
@@ -177,7 +177,7 @@ impl Memfd {
 
     /// Copies pages of guest memory to the same page numbers of this file, inside the kernel, without a bounce
     /// buffer. Bytes that the guest changes meanwhile may arrive old or new. About 0.5 µs a call and, with memory
-    /// that the host has at hand, 0.35 µs a page (3.6 µs with memory fresh from a hypervisor).
+    /// that the host has at hand, 0.25 µs a page (1 to 4 µs with memory that the kernel must find and clear first).
     ///
     /// # Errors
     /// [`SysError::Range`] where `range` leaves the mapping or the file, [`SysError::OutOfMemory`]. A part may have
@@ -188,7 +188,7 @@ impl Memfd {
         let start = PAGE.start_of(range.start()).get();
         let mut done = 0;
         while done < len {
-            let raw = RawIoVec { base: ptr.wrapping_add(done).cast_const(), len: len - done };
+            let raw = RawIoVec::new(ptr.wrapping_add(done), len - done);
             let n = checked(Call::Pwrite, || {
                 // SAFETY: `span` checked that these bytes lie in the mapping, which `mapping` keeps alive.
                 let source = unsafe { raw.as_io_slice() };
@@ -297,6 +297,36 @@ impl SealedMemfd {
     pub(crate) fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SysError> {
         self.file.read_at(at, buf)
     }
+
+    /// Copies pages of this file over the same page numbers of a mapping, inside the kernel. In a private view the
+    /// pages become private, or stay it: a clone that dirties the same pages again and again is reset cheaper this
+    /// way (0.3 µs a page) than by dropping them, which costs their next writes a fault each (0.9 µs here).
+    ///
+    /// # Errors
+    /// [`SysError::Range`] where `range` leaves the mapping or the file; [`SysError::Misuse`] for a shared view, which
+    /// would write to a file; [`SysError::OutOfMemory`]. A part may have been copied.
+    pub(crate) fn read_into(&self, mapping: &Mapping, range: PageRange) -> Result<(), SysError> {
+        if mapping.is_shared() {
+            return Err(SysError::Misuse("a layer is only copied into a private view"));
+        }
+        self.file.geometry.check_pages(range)?;
+        let (ptr, len) = mapping.span(range)?;
+        let start = PAGE.start_of(range.start()).get();
+        let mut done = 0;
+        while done < len {
+            let raw = RawIoVec::new(ptr.wrapping_add(done), len - done);
+            let n = checked(Call::Pread, || {
+                // SAFETY: `span` checked that these bytes lie in the mapping, which `mapping` keeps alive.
+                let target = unsafe { raw.as_io_slice_mut() };
+                rustix::io::preadv(&self.file.fd, &mut [target], start + done as u64)
+            })?;
+            if n == 0 {
+                return Err(SysError::Other { call: Call::Pread, errno: Errno::IO });
+            }
+            done += n;
+        }
+        Ok(())
+    }
 }
 
 impl AsFd for Memfd {
@@ -308,34 +338,6 @@ impl AsFd for Memfd {
 impl AsFd for SealedMemfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.fd.as_fd()
-    }
-}
-
-/// `struct iovec`: an address and a length that the kernel reads from.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawIoVec {
-    base: *const u8,
-    len: usize,
-}
-
-const _: () = assert!(size_of::<RawIoVec>() == size_of::<IoSlice<'static>>());
-const _: () = assert!(align_of::<RawIoVec>() == align_of::<IoSlice<'static>>());
-
-impl RawIoVec {
-    /// The form in which a vectored call takes it. The result must go to a system call and nowhere else.
-    ///
-    /// # Safety
-    /// The bytes must be mapped for as long as the result lives. They may change meanwhile: the result must not be
-    /// dereferenced, which would make a `&[u8]` of them.
-    unsafe fn as_io_slice<'a>(self) -> IoSlice<'a> {
-        let mut slice = MaybeUninit::<IoSlice<'a>>::uninit();
-        // SAFETY: std guarantees that `IoSlice` is ABI compatible with `struct iovec` on Unix; the sizes are asserted
-        // above. Both hold plain values: no reference to the bytes is made.
-        unsafe {
-            slice.as_mut_ptr().cast::<Self>().write(self);
-            slice.assume_init()
-        }
     }
 }
 
@@ -422,6 +424,24 @@ mod tests {
         assert!(buf[4096..8192].iter().all(|&b| b == 7));
         assert!(buf[8192..].iter().all(|&b| b == 0));
         assert!(copy.write_at_from(&view, pages(15, 17)).is_err());
+    }
+
+    #[test]
+    fn a_layers_pages_go_over_a_clones() {
+        let len = ByteSize::kib(64);
+        let file = Memfd::create("offshoot-test", len).unwrap();
+        file.write_at(ByteOffset::ZERO, &[5; 65536]).unwrap();
+        let sealed = file.seal_all().unwrap();
+        let clone = Mapping::map_private(&sealed, len, crate::sys::mapping::Placement::Anywhere).unwrap();
+        clone.write(ByteOffset::ZERO, &[9; 65536]).unwrap();
+        sealed.read_into(&clone, pages(2, 4)).unwrap();
+        let mut expected = [9; 16];
+        expected[2..4].fill(5);
+        assert_eq!(clone.marks(), expected);
+        assert!(sealed.read_into(&clone, pages(15, 17)).is_err());
+        let other = Memfd::create("offshoot-test", len).unwrap();
+        let shared = Mapping::map_shared(&other, len).unwrap();
+        assert!(matches!(sealed.read_into(&shared, pages(0, 1)), Err(SysError::Misuse(_))));
     }
 
     #[test]

@@ -46,8 +46,8 @@ pub enum ForkError {
     /// A space could not be flushed or cut.
     #[error("the cut failed and was undone: {0}")]
     Cut(#[from] SpaceError),
-    /// The embedder could not resume the guest: the VM is [`VmStatus::Paused`], its content unchanged. Call the guest's `resume` again, then
-    /// [`Vm::start`].
+    /// The embedder could not resume the guest: the VM is [`VmStatus::Paused`], its content unchanged, and the cut that was made is its
+    /// [`Vm::origin`]. Call the guest's `resume` again, then [`Vm::start`].
     #[error("the guest could not be resumed, and stands paused: {0}")]
     Resume(#[source] BoxError),
 }
@@ -133,28 +133,32 @@ impl<B: Backing> Vm<B> {
         };
         timings.cut = clock.lap();
 
-        match afterwards {
+        let resumed = match afterwards {
             Afterwards::StayFrozen => {
                 guest.resume = false;
                 self.ram.freeze();
                 self.disks.iter().for_each(|(_, disk)| disk.freeze());
                 busy.after = VmStatus::Frozen;
+                Ok(())
             }
-            Afterwards::RunOn => {
-                if let Err(error) = debug_span!("resume").in_scope(|| guest.resume()) {
-                    // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
-                    busy.after = VmStatus::Paused;
-                    return Err(ForkError::Resume(error));
-                }
-            }
-        }
+            Afterwards::RunOn => debug_span!("resume").in_scope(|| guest.resume()),
+        };
         timings.resume = clock.lap();
         timings.total = clock.total();
         let point = ForkPoint::new(self.tree.clone(), parts, timings, Teardown::run(deferred));
-        // The origin that this one replaces may be the last name of many pages: let go of it outside the lock.
+        // The spaces lie on this cut now, so it is the VM's origin even where the guest could not be resumed: a reset that went
+        // by an older one would load that one's device state over this one's memory.
+        // The origin that it replaces may be the last name of many pages: let go of it outside the lock.
         let replaced = self.life.lock().origin.replace(point.clone());
         drop(replaced);
-        Ok(point)
+        match resumed {
+            Ok(()) => Ok(point),
+            Err(error) => {
+                // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
+                busy.after = VmStatus::Paused;
+                Err(ForkError::Resume(error))
+            }
+        }
     }
 
     fn check_state(&self, device: &DeviceState) -> Result<(), ForkError> {
@@ -184,5 +188,59 @@ impl Afterwards {
             Self::RunOn => "fork",
             Self::StayFrozen => "freeze",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::Heap;
+    use crate::page::{GuestAddress, PageSize};
+    use crate::ram::RamLayout;
+    use crate::{Rewind, Tree, VmName};
+
+    /// A guest of one register, which may refuse to resume.
+    struct OneRegister {
+        cpu: u8,
+        stuck: bool,
+    }
+
+    impl Guest for OneRegister {
+        fn pause(&mut self) -> Result<(), BoxError> {
+            Ok(())
+        }
+
+        fn save(&mut self) -> Result<DeviceState, BoxError> {
+            Ok(DeviceState::from_bytes(vec![self.cpu]))
+        }
+
+        fn resume(&mut self) -> Result<(), BoxError> {
+            if self.stuck { Err("stuck".into()) } else { Ok(()) }
+        }
+    }
+
+    impl Rewind for OneRegister {
+        fn load(&mut self, state: &DeviceState) -> Result<(), BoxError> {
+            self.cpu = state.encode()[0];
+            Ok(())
+        }
+    }
+
+    /// Found by fuzzing (`vm_tree`): memory went back to the second cut, the register to the first.
+    #[test]
+    fn a_reset_after_a_failed_resume_goes_back_to_one_instant() {
+        let layout = RamLayout::flat(ByteSize::kib(4), PageSize::KIB_4).unwrap();
+        let vm: Vm<Heap> = Vm::new(&Tree::default(), VmName::new("vm").unwrap(), layout, vec![]).unwrap();
+        let mut guest = OneRegister { cpu: 1, stuck: false };
+        vm.start().unwrap();
+        vm.fork(&mut guest).unwrap();
+        guest.cpu = 2;
+        vm.ram().store(GuestAddress::ZERO, 2u8).unwrap();
+        guest.stuck = true;
+        assert!(matches!(vm.fork(&mut guest), Err(ForkError::Resume(_))));
+        assert_eq!(vm.status(), VmStatus::Paused);
+        guest.cpu = 3;
+        vm.reset(&mut guest).unwrap();
+        assert_eq!((guest.cpu, vm.ram().load::<u8>(GuestAddress::ZERO).unwrap()), (2, 2));
     }
 }

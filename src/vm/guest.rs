@@ -8,6 +8,42 @@ use std::sync::Arc;
 
 use crate::page::ByteSize;
 
+/// A guest that stands still already: nothing executes while the call is under way, because the caller is what executes it, as in a
+/// simulator of one thread. Carries the device state to be saved.
+///
+/// ```
+/// # use offshoot::{*, backing::Heap, page::*, ram::*};
+/// # let layout = RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4)?;
+/// # let vm: Vm<Heap> = Vm::new(&Tree::default(), VmName::new("sim")?, layout, vec![])?;
+/// # let registers = vec![0; 32];
+/// vm.start()?;
+/// let point = vm.fork(&mut AtRest(DeviceState::from_bytes(registers)))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct AtRest(pub DeviceState);
+
+impl Guest for AtRest {
+    fn pause(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<DeviceState, BoxError> {
+        Ok(self.0.clone())
+    }
+
+    fn resume(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+impl Rewind for AtRest {
+    fn load(&mut self, state: &DeviceState) -> Result<(), BoxError> {
+        self.0 = state.clone();
+        Ok(())
+    }
+}
+
 /// Any error of the embedder's.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::page::ByteSize;
 use crate::sys::entropy;
@@ -92,7 +93,7 @@ macro_rules! debug_as_display {
 debug_as_display!(GenerationId, Uuid, MacAddress);
 
 /// What cannot be an identity.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IdentityError {
     /// The keys and values together are over the cap.
@@ -103,6 +104,9 @@ pub enum IdentityError {
         /// [`Config::LIMIT`].
         limit: ByteSize,
     },
+    /// The system gave no random numbers: there can be no identity that is not another VM's.
+    #[error("no random numbers for a new identity: {0}")]
+    NoEntropy(Arc<std::io::Error>),
     /// An empty name, one that is too long, or one with control characters.
     #[error("a VM's name must have 1 to {limit} bytes and no control characters")]
     Name {
@@ -223,9 +227,9 @@ pub struct Identity {
 
 impl Identity {
     /// Fresh ids under this name. One call to the system's random numbers.
-    pub(crate) fn fresh(name: VmName) -> Self {
+    pub(crate) fn fresh(name: VmName) -> Result<Self, IdentityError> {
         let mut random = [0; 38];
-        entropy::fill_random(&mut random);
+        entropy::fill_random(&mut random).map_err(|error| IdentityError::NoEntropy(Arc::new(error)))?;
         let (generation, rest) = random.split_at(16);
         let (uuid, mac) = rest.split_at(16);
         let take = |from: &[u8]| -> [u8; 16] { std::array::from_fn(|at| from[at]) };
@@ -236,13 +240,13 @@ impl Identity {
         let mut mac: [u8; 6] = std::array::from_fn(|at| mac[at]);
         // IEEE 802: locally administered, unicast.
         mac[0] = mac[0] & 0xfc | 0x02;
-        Self {
+        Ok(Self {
             name,
             mac: MacAddress(mac),
             uuid: Uuid(uuid),
             generation: GenerationId(take(generation)),
             config: Config::new(),
-        }
+        })
     }
 }
 
@@ -268,14 +272,14 @@ pub struct CloneSpec {
 }
 
 impl CloneSpec {
-    pub(crate) fn identity(self, default_name: impl FnOnce() -> VmName) -> Identity {
-        let fresh = Identity::fresh(self.name.unwrap_or_else(default_name));
-        Identity {
+    pub(crate) fn identity(self, default_name: impl FnOnce() -> VmName) -> Result<Identity, IdentityError> {
+        let fresh = Identity::fresh(self.name.unwrap_or_else(default_name))?;
+        Ok(Identity {
             mac: self.mac.unwrap_or(fresh.mac),
             uuid: self.uuid.unwrap_or(fresh.uuid),
             config: self.config,
             ..fresh
-        }
+        })
     }
 }
 
@@ -303,7 +307,7 @@ mod tests {
 
     #[test]
     fn fresh_ids_have_the_shape_that_their_standards_ask_for() {
-        let id = Identity::fresh(VmName::new("a").unwrap());
+        let id = Identity::fresh(VmName::new("a").unwrap()).unwrap();
         assert_eq!(id.uuid.bytes()[6] >> 4, 4);
         assert_eq!(id.uuid.bytes()[8] >> 6, 2);
         assert_eq!(id.mac.bytes()[0] & 3, 2);

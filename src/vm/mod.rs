@@ -13,7 +13,7 @@ mod timings;
 
 pub use commit::CommitError;
 pub use fork::ForkError;
-pub use guest::{BoxError, DeviceState, Guest, Rewind, StateObject};
+pub use guest::{AtRest, BoxError, DeviceState, Guest, Rewind, StateObject};
 pub use identity::{CloneSpec, Config, GenerationId, Identity, IdentityError, MacAddress, Uuid, VmName};
 pub use point::{ForkPoint, PointDiff, SpawnError};
 pub use reset::ResetError;
@@ -97,6 +97,9 @@ pub enum BuildError {
     /// RAM or a disk could not be made.
     #[error(transparent)]
     Space(#[from] SpaceError),
+    /// It could not be given an identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
 }
 
 /// A virtual machine: RAM on backing `B`, disks, and an identity.
@@ -135,15 +138,10 @@ impl<B: Backing> Vm<B> {
                 return Err(BuildError::DuplicateDisk(name.clone()));
             }
         }
+        let identity = Identity::fresh(name)?;
         let ram = Ram::create(tree, layout)?;
         let disks = disks.into_iter().map(|(name, disk)| (name, Arc::new(disk))).collect();
-        Ok(Self::assemble(
-            tree.clone(),
-            Identity::fresh(name),
-            ram,
-            disks,
-            Life { status: VmStatus::Off, origin: None },
-        ))
+        Ok(Self::assemble(tree.clone(), identity, ram, disks, Life { status: VmStatus::Off, origin: None }))
     }
 
     fn assemble(
@@ -254,6 +252,16 @@ impl<B: Backing> Vm<B> {
     pub fn usage(&self) -> Result<VmUsage, SpaceError> {
         let disks = self.disks.iter().map(|(name, disk)| Ok((name.clone(), disk.usage()?)));
         Ok(VmUsage { ram: self.ram.usage()?, disks: disks.collect::<Result<_, SpaceError>>()? })
+    }
+
+    /// The pages of RAM and of each disk that were written or zeroed since its last fork point, as far as its backing tells. Costs
+    /// by what was written.
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    pub fn dirty(&self) -> Result<PointDiff, SpaceError> {
+        let disks = self.disks.iter().map(|(name, disk)| Ok((name.clone(), disk.dirty()?)));
+        Ok(PointDiff { ram: self.ram.space().dirty()?, disks: disks.collect::<Result<_, SpaceError>>()? })
     }
 
     /// Derives every invariant of its spaces again and compares. For tests: it walks all tables.

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing::debug_span;
 
-use super::{BoxError, CloneSpec, DeviceState, DiskName, ForkTimings, Life, Teardown, Vm, VmName, VmStatus};
+use super::{
+    BoxError, CloneSpec, DeviceState, DiskName, ForkTimings, IdentityError, Life, Teardown, Vm, VmName, VmStatus,
+};
 use crate::account::{Charge, Item};
 use crate::backing::{Backing, Sealed, Tree};
 use crate::disk::DiskImage;
@@ -24,6 +26,9 @@ pub enum SpawnError {
     /// RAM or a disk could not be made.
     #[error("the clone's memory could not be made: {0}")]
     Space(#[from] SpaceError),
+    /// It could not be given an identity of its own.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The embedder's customization failed: the clone was destroyed before anybody could run it.
     #[error("customization failed, and the clone was destroyed: {0}")]
     Customize(#[source] BoxError),
@@ -120,7 +125,7 @@ impl<B: Backing> ForkPoint<B> {
         let identity = spec.identity(|| {
             // Relaxed: only uniqueness is asked of it.
             parts.parent.of_clone(self.0.serial.fetch_add(1, Ordering::Relaxed) + 1)
-        });
+        })?;
         let life = Life { status: VmStatus::Busy, origin: Some(self.clone()) };
         let clone = Vm::assemble(self.0.tree.clone(), identity, ram, disks, life);
         customize(&clone).map_err(SpawnError::Customize)?;

@@ -34,7 +34,7 @@ fn pieces(
 }
 
 impl<B: PageBody> State<B> {
-    #[inline]
+    #[inline(always)]
     fn lookup(&self, page: PageIndex) -> PageState<&PageArc<B>> {
         match self.live.get(page) {
             Some(own) => PageState::Data(own),
@@ -71,52 +71,52 @@ impl<B: PageBody> State<B> {
 
     pub(super) fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError> {
         self.geometry.check(at, ByteSize::new(data.len() as u64))?;
+        // Everything that can fail comes before the first byte is written, so a write happens whole or not at all.
+        let mut made = Vec::new();
         for (page, within, part) in pieces(self.geometry, at, data.len()) {
-            match self.live.get(page) {
-                Some(own) => own.write(within, &data[part]),
-                None => self.write_shared(page, within, &data[part])?,
+            if self.live.get(page).is_none() {
+                made.push((page, self.private_copy(page, within, &data[part])?));
             }
+        }
+        made.into_iter().for_each(|(page, new)| self.install(page, new));
+        for (page, within, part) in pieces(self.geometry, at, data.len()) {
+            let own = self.live.get(page).expect("installed above, and nobody takes a page out while the lock is held");
+            own.write(within, &data[part]);
         }
         Ok(())
     }
 
-    /// Breaks sharing of one page with this write.
+    /// The page that breaks sharing for this write: a copy of what is there, or the data itself where it fills the page.
     #[cold]
-    fn write_shared(&self, page: PageIndex, within: usize, data: &[u8]) -> Result<(), SpaceError> {
+    fn private_copy(&self, page: PageIndex, within: usize, data: &[u8]) -> Result<Page<B>, SpaceError> {
         let size = self.page_size();
-        let whole = data.len() as u64 == size.bytes().get();
         let charge = || {
             let limit = self.tree.limits().heap_pages;
             self.tree.0.charge_heap_page().ok_or(SpaceError::HeapLimit { limit })
         };
-        let new = if whole {
-            Page::from_bytes(size, data, charge()?)
-        } else {
-            match self.below.get(page) {
-                PageState::Data(shared) => Page::copy_of(size, shared, charge()?),
-                PageState::Zero => Page::zeroed(size, charge()?),
-                PageState::Absent if self.origin.base().is_none() => Page::zeroed(size, charge()?),
-                PageState::Absent => {
-                    let mut bytes = vec![0; size.bytes().get() as usize];
-                    self.origin.read_base(size.start_of(page), &mut bytes)?;
-                    Page::from_bytes(size, &bytes, charge()?)
-                }
-            }
-        };
-        match self.live.install(page, Arc::new(new)) {
-            Ok(own) => {
-                let mut next = self.next.lock();
-                let bytes = next.index.set(PageRange::one(page), &PageState::Data(own.clone()));
-                next.table_bytes += bytes;
-                drop(next);
-                if !whole {
-                    own.write(within, data);
-                }
-            }
-            // Another CPU made it private first: a normal outcome of two first writes. Ours was never seen by anybody.
-            Err(theirs) => theirs.write(within, data),
+        if within == 0 && data.len() as u64 == size.bytes().get() {
+            return Ok(Page::from_bytes(size, data, charge()?));
         }
-        Ok(())
+        Ok(match self.below.get(page) {
+            PageState::Data(shared) => Page::copy_of(size, shared, charge()?),
+            PageState::Zero => Page::zeroed(size, charge()?),
+            PageState::Absent if self.origin.base().is_none() => Page::zeroed(size, charge()?),
+            PageState::Absent => {
+                let mut bytes = vec![0; size.bytes().get() as usize];
+                self.origin.read_base(size.start_of(page), &mut bytes)?;
+                Page::from_bytes(size, &bytes, charge()?)
+            }
+        })
+    }
+
+    /// Makes a page private, unless another CPU did so first: a normal outcome of two first writes, after which both write into the
+    /// winner's page. The loser's was never seen by anybody.
+    fn install(&self, page: PageIndex, new: Page<B>) {
+        if let Ok(own) = self.live.install(page, Arc::new(new)) {
+            let mut next = self.next.lock();
+            let bytes = next.index.set(PageRange::one(page), &PageState::Data(own.clone()));
+            next.table_bytes += bytes;
+        }
     }
 }
 
@@ -173,6 +173,8 @@ words!(u8, u16, u32, u64);
 /// and never call `cut`, `reset` or `zero` of the same space while holding one.
 pub struct HeapView<'a, B: PageBody> {
     state: RwLockReadGuard<'a, State<B>>,
+    /// Bytes in the space.
+    len: u64,
 }
 
 impl<B: PageBody> Heap<B> {
@@ -189,7 +191,8 @@ impl<B: PageBody> Heap<B> {
     /// # Ok::<(), offshoot::SpaceError>(())
     /// ```
     pub fn view(&self) -> HeapView<'_, B> {
-        HeapView { state: self.state.read() }
+        let state = self.state.read();
+        HeapView { len: state.geometry.len().get(), state }
     }
 }
 
@@ -210,19 +213,26 @@ impl<B: PageBody> HeapView<'_, B> {
         self.state.write(at, data)
     }
 
+    /// The page of an aligned word inside the space, and the word's place in it.
+    #[inline(always)]
+    fn aligned<T: Word>(&self, at: ByteOffset) -> Option<(PageIndex, usize)> {
+        let byte = at.get();
+        let shift = B::shift(self.state.page_size());
+        let inside = byte < self.len && byte.is_multiple_of(T::SIZE as u64);
+        inside.then(|| (PageIndex::new(byte >> shift), (byte & ((1 << shift) - 1)) as usize))
+    }
+
     /// Loads one word. One atomic load where it is aligned to its size.
     ///
     /// # Errors
     /// As [`Backing::read`](super::Backing::read).
-    #[inline]
+    // Out of line, its result goes through memory: a third more time for a random read.
+    #[inline(always)]
     pub fn load<T: Word>(&self, at: ByteOffset) -> Result<T, SpaceError> {
-        let byte = at.get();
-        if byte.is_multiple_of(T::SIZE as u64) && byte < self.state.geometry.len().get() {
-            let size = self.state.page_size();
-            if let PageState::Data(data) = self.state.lookup(size.page_of(at)) {
-                let within = (byte & (size.bytes().get() - 1)) as usize;
-                return Ok(T::cut(data.word(within).load(Relaxed), (within % WORD) as u32));
-            }
+        if let Some((page, within)) = self.aligned::<T>(at)
+            && let PageState::Data(data) = self.state.lookup(page)
+        {
+            return Ok(T::cut(data.word(within).load(Relaxed), (within % WORD) as u32));
         }
         self.load_slowly(at)
     }
@@ -240,13 +250,11 @@ impl<B: PageBody> HeapView<'_, B> {
     /// As [`Backing::write`](super::Backing::write).
     #[inline]
     pub fn store<T: Word>(&self, at: ByteOffset, value: T) -> Result<(), SpaceError> {
-        let byte = at.get();
-        if byte.is_multiple_of(T::SIZE as u64) && byte < self.state.geometry.len().get() {
-            let size = self.state.page_size();
-            if let Some(own) = self.state.live.get(size.page_of(at)) {
-                own.write((byte & (size.bytes().get() - 1)) as usize, &value.bytes()[..T::SIZE]);
-                return Ok(());
-            }
+        if let Some((page, within)) = self.aligned::<T>(at)
+            && let Some(own) = self.state.live.get(page)
+        {
+            own.write(within, &value.bytes()[..T::SIZE]);
+            return Ok(());
         }
         self.state.write(at, &value.bytes()[..T::SIZE])
     }

@@ -1,0 +1,265 @@
+//! Cutting mapped RAM: the first cut of a shared view, and every later one.
+//!
+//! First: the file is sealed against new writers and the view is moved aside, page tables and all, while a private view takes its
+//! place; nothing is copied and the cost does not grow with RAM. Later: the private pages are found in the page
+//! tables and copied into a new layer; the commit lays it over them. Where they are so scattered that the mappings would exceed
+//! their limit, small gaps of clean pages are copied along.
+//!
+//! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
+//! private, which shows the same bytes and only costs memory.
+
+use std::mem::replace;
+use std::sync::Arc;
+
+use parking_lot::RwLockWriteGuard;
+
+use super::image::layer_runs;
+use super::layer::{Built, Content, Layer, LayerBuilder, Spot, seal_error};
+use super::{MappedImage, OwnFile, State, View};
+use crate::backing::{Cut, Deferred};
+use crate::error::SpaceError;
+use crate::overlay::{Index, PageState};
+use crate::page::{PageCount, PageIndex, PageRange, PageSet};
+use crate::sys::freeze::{MovedAside, Restored};
+use crate::sys::memfd::{FinalSeal, SealFailed};
+
+/// Clean pages between two dirty runs that are copied along rather than mapped apart: a mapping costs every clone about as much time as
+/// copying a page costs once.
+const CHEAP_GAP: PageCount = PageCount::new(1);
+
+/// A cut of mapped RAM; holds the space until it is committed or dropped.
+pub struct MappedCut<'a> {
+    state: RwLockWriteGuard<'a, State>,
+    sealed: MappedImage,
+    step: Step,
+}
+
+enum Step {
+    /// The view was moved aside.
+    First { aside: Option<MovedAside>, layer: Arc<Layer> },
+    /// A layer waits to be laid over the private pages it was copied from.
+    Later(Option<Built>),
+    /// Committed.
+    Done,
+}
+
+impl<'a> MappedCut<'a> {
+    pub(super) fn begin(mut state: RwLockWriteGuard<'a, State>) -> Result<Self, SpaceError> {
+        if matches!(state.view, View::Shared(_)) {
+            let layer = seal_own_file(&mut state)?;
+            let spot = Spot { layer: layer.clone(), content: Content::Data };
+            let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
+            let sealed = state.origin.child(index)?;
+            let aside = match state.mapping.move_aside(&layer.file) {
+                Ok(aside) => Some(aside),
+                Err(error) => return Err(state.note(error)),
+            };
+            state.view = View::Private;
+            return Ok(Self { state, sealed, step: Step::First { aside, layer } });
+        }
+        let private = state.private_pages()?;
+        let mut index = state.shown.clone();
+        let built = if private.is_empty() { None } else { Some(copy_private(&state, &private, &mut index)?) };
+        let sealed = state.origin.child(index)?;
+        Ok(Self { state, sealed, step: Step::Later(built) })
+    }
+}
+
+/// Seals the file of a space that was never cut; a cut that was undone has done so already.
+fn seal_own_file(state: &mut State) -> Result<Arc<Layer>, SpaceError> {
+    match replace(&mut state.view, View::Private) {
+        View::Shared(OwnFile::Writable(file)) => match file.seal_future_write() {
+            Ok(sealed) => {
+                let layer = Layer::new(state.origin.tree(), sealed);
+                state.view = View::Shared(OwnFile::Sealed(layer.clone()));
+                Ok(layer)
+            }
+            Err(SealFailed { memfd, error }) => {
+                state.view = View::Shared(OwnFile::Writable(memfd));
+                Err(seal_error(error))
+            }
+        },
+        View::Shared(OwnFile::Sealed(layer)) => {
+            state.view = View::Shared(OwnFile::Sealed(layer.clone()));
+            Ok(layer)
+        }
+        View::Private => unreachable!("asked only for a shared view"),
+    }
+}
+
+/// Copies the private pages into a new layer and names it in `index`, within the limit on mappings.
+fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Result<Built, SpaceError> {
+    let geometry = state.geometry();
+    let limit = state.origin.tree().limits().mappings_per_vm;
+    let mut gap = CHEAP_GAP;
+    let runs = loop {
+        let runs = private.closing_gaps(gap);
+        let needed = mappings_with(&state.shown, geometry.all(), &runs);
+        if needed <= limit {
+            break runs;
+        }
+        if runs.runs().len() <= 1 {
+            return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
+        }
+        gap = gap.saturating_add(gap);
+    };
+    let mut builder = LayerBuilder::new(state.origin.tree(), geometry)?;
+    for run in runs.runs() {
+        builder.copy_from(&state.mapping, run)?;
+    }
+    let built = builder.finish()?;
+    built.name_in(index);
+    Ok(built)
+}
+
+/// Kernel mappings of a clone of `shown` with `over` laid on it: runs of one layer.
+fn mappings_with(shown: &Index<Spot>, all: PageRange, over: &PageSet) -> u64 {
+    let mut count = over.runs().len() as u64;
+    // A run below counts once for every piece of it that stays in sight.
+    let mut above = over.runs().peekable();
+    for (run, _) in layer_runs(shown, all) {
+        let mut at = run.start();
+        loop {
+            while above.peek().is_some_and(|over| over.end() <= at) {
+                above.next();
+            }
+            match above.peek() {
+                Some(over) if over.start() < run.end() => {
+                    count += u64::from(at < over.start());
+                    at = over.end();
+                    if at >= run.end() {
+                        break;
+                    }
+                }
+                _ => {
+                    count += u64::from(at < run.end());
+                    break;
+                }
+            }
+        }
+    }
+    count
+}
+
+/// The old view, to be unmapped when nobody waits, and the layer whose last seal can be set only then.
+struct OldView {
+    aside: Option<MovedAside>,
+    layer: Arc<Layer>,
+}
+
+impl Drop for OldView {
+    fn drop(&mut self) {
+        drop(self.aside.take());
+        match self.layer.file.finish_seal() {
+            Ok(FinalSeal::Applied) => {}
+            Ok(FinalSeal::StillMapped) => {
+                tracing::warn!("a layer is still mapped writable by somebody: drain pinned I/O before a fork");
+            }
+            Err(error) => tracing::warn!(%error, "a layer could not be sealed for good"),
+        }
+    }
+}
+
+impl Cut for MappedCut<'_> {
+    type Sealed = MappedImage;
+
+    fn commit(mut self) -> (MappedImage, Deferred) {
+        let state = &mut *self.state;
+        state.table_bytes = 0;
+        let old = replace(&mut state.origin, self.sealed.clone());
+        let deferred = match replace(&mut self.step, Step::Done) {
+            Step::First { aside, layer } => {
+                state.shown = self.sealed.index().clone();
+                Deferred::costly((OldView { aside, layer }, old))
+            }
+            Step::Later(built) => {
+                if let Some(built) = built {
+                    lay(state, &built);
+                }
+                Deferred::cheap(old)
+            }
+            Step::Done => unreachable!("commit takes the cut"),
+        };
+        (self.sealed.clone(), deferred)
+    }
+}
+
+/// Lays a layer over the pages it was copied from. One run of data and holes together is one mapping.
+fn lay(state: &mut State, built: &Built) {
+    for run in built.data.union(&built.holes).runs() {
+        let whole = Spot { layer: built.layer.clone(), content: Content::Data };
+        if let Err(error) = state.show(run, &whole) {
+            tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
+            continue;
+        }
+        let hole = Spot { layer: built.layer.clone(), content: Content::Hole };
+        for holes in built.holes.runs().map(|holes| holes.intersect(run)).filter(|holes| !holes.is_empty()) {
+            state.shown.set(holes, &PageState::Data(hole.clone()));
+        }
+    }
+    // Everything laid: the index is the image's own, node for node, and not only in content.
+    if state.shown.diff(state.origin.index()).is_empty() {
+        state.shown = state.origin.index().clone();
+    }
+    state.table_bytes = 0;
+}
+
+impl Drop for MappedCut<'_> {
+    fn drop(&mut self) {
+        let Step::First { aside: Some(aside), layer } = replace(&mut self.step, Step::Done) else { return };
+        let state = &mut *self.state;
+        match aside.restore(&mut state.mapping) {
+            Ok(Restored::Shared) => state.view = View::Shared(OwnFile::Sealed(layer)),
+            Ok(Restored::KeptPrivate) => keep_private(state, layer),
+            Err(failed) => {
+                let error = state.note(failed.error);
+                tracing::warn!(%error, "an undone cut keeps its private view, which shows the same bytes");
+                keep_private(state, layer);
+            }
+        }
+    }
+}
+
+/// The old view cannot come back: the private one shows the same bytes over a file that only this space maps.
+fn keep_private(state: &mut State, layer: Arc<Layer>) {
+    let spot = Spot { layer, content: Content::Data };
+    let all = PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(state.geometry().pages().get()));
+    state.shown.set(all, &PageState::Data(spot));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tree;
+    use crate::page::{ByteSize, Geometry, PageSize};
+    use crate::sys::memfd::Memfd;
+
+    #[test]
+    fn mappings_are_counted_as_a_clone_would_need_them() {
+        let geometry = Geometry::new(ByteSize::kib(4 * 100), PageSize::KIB_4).unwrap();
+        let tree = Tree::default();
+        let layer = || Layer::new(&tree, Memfd::create("t", geometry.len()).unwrap().seal_all().unwrap());
+        let spot = |layer: &Arc<Layer>| PageState::Data(Spot { layer: layer.clone(), content: Content::Data });
+        let range = |a, b| PageRange::from_bounds(PageIndex::new(a), PageIndex::new(b));
+        let (a, b, c) = (layer(), layer(), layer());
+        let mut shown = Index::uniform(geometry.pages(), &spot(&a));
+        shown.set(range(10, 20), &spot(&b));
+        for runs in [
+            vec![],
+            vec![(0, 100)],
+            vec![(5, 6)],
+            vec![(5, 25)],
+            vec![(10, 20)],
+            vec![(0, 1), (12, 14), (18, 30), (99, 100)],
+        ] {
+            let mut over = PageSet::new();
+            let mut with = shown.clone();
+            for (start, end) in runs {
+                over.push(range(start, end));
+                with.set(range(start, end), &spot(&c));
+            }
+            let want = layer_runs(&with, geometry.all()).len() as u64;
+            assert_eq!(mappings_with(&shown, geometry.all(), &over), want, "{over:?}");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Layers of mapped RAM: sealed memory files, position-addressed and sparse.
+//!
+//! Page `n` of a space lies at its own offset in whichever layer holds it; a page of zeroes is a hole there. There is no allocator in a
+//! layer and nothing to corrupt. A layer is sealed before anybody else can name it, and is closed when the last index that
+//! names it goes. Must not know which VM maps it.
+
+use std::sync::{Arc, OnceLock, Weak};
+
+use crate::account::{Allocated, Charge, Item};
+use crate::backing::Tree;
+use crate::error::SpaceError;
+use crate::image::Source;
+use crate::overlay::{Index, PageRef, PageState};
+use crate::page::{ByteSize, Geometry, PageIndex, PageRange, PageSet, PageSize};
+use crate::sys::error::SysError;
+use crate::sys::mapping::Mapping;
+use crate::sys::memfd::{Memfd, SealError, SealedMemfd};
+use crate::sys::pagemap::Pagemap;
+
+/// The kernel's page: what its page tables and mappings count in.
+pub(super) const HOST_PAGE: PageSize = PageSize::KIB_4;
+
+/// One sealed memory file.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) file: SealedMemfd,
+    _charge: Charge,
+}
+
+impl Layer {
+    pub(super) fn new(tree: &Tree, file: SealedMemfd) -> Arc<Self> {
+        let layer = Arc::new(Self { file, _charge: tree.0.charge(Item::MemoryFile) });
+        let weak: Weak<Self> = Arc::downgrade(&layer);
+        tree.0.register_file(weak);
+        layer
+    }
+}
+
+impl Allocated for Layer {
+    fn allocated(&self) -> ByteSize {
+        // fstat(2) of a file that is open cannot fail; if it does, the file counts for nothing.
+        self.file.allocated().unwrap_or(ByteSize::ZERO)
+    }
+}
+
+/// What a page of a layer holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Content {
+    /// Bytes, or what the guest never touched of the first layer.
+    Data,
+    /// Nothing: known to be zeroes when the layer was sealed.
+    Hole,
+}
+
+/// Where a page's bytes are: in this layer, at the page's own offset.
+#[derive(Clone, Debug)]
+pub(super) struct Spot {
+    pub(super) layer: Arc<Layer>,
+    pub(super) content: Content,
+}
+
+impl PageRef for Spot {
+    fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.layer, &other.layer) && self.content == other.content
+    }
+}
+
+/// What all relatives share besides layers: made when first needed.
+#[derive(Debug, Default)]
+pub(super) struct Family {
+    pagemap: OnceLock<Pagemap>,
+    zero: OnceLock<Arc<Layer>>,
+}
+
+impl Family {
+    /// The handle to this process's page tables.
+    pub(super) fn pagemap(&self) -> Result<&Pagemap, SpaceError> {
+        if let Some(pagemap) = self.pagemap.get() {
+            return Ok(pagemap);
+        }
+        let opened = Pagemap::open()?;
+        Ok(self.pagemap.get_or_init(|| opened))
+    }
+
+    /// A layer of nothing but holes: what discarded pages show. A page of it takes memory once somebody reads it, for the whole family
+    /// together: the kernel has no shared zero page for memory files.
+    pub(super) fn zero(&self, tree: &Tree, len: ByteSize) -> Result<&Arc<Layer>, SpaceError> {
+        if let Some(layer) = self.zero.get() {
+            return Ok(layer);
+        }
+        let file = seal(Memfd::create("offshoot-zero", len)?)?;
+        let layer = Layer::new(tree, file);
+        Ok(self.zero.get_or_init(|| layer))
+    }
+}
+
+/// Seals a file that was only ever written by calls.
+fn seal(file: Memfd) -> Result<SealedMemfd, SpaceError> {
+    file.seal_all().map_err(|failed| seal_error(failed.error))
+}
+
+pub(super) fn seal_error(error: SealError) -> SpaceError {
+    match error {
+        SealError::Busy => SysError::Misuse("pages of a layer are still pinned: drain I/O in Guest::pause").into(),
+        SealError::Sys(error) => error.into(),
+    }
+}
+
+/// A new layer under construction.
+pub(super) struct LayerBuilder<'a> {
+    tree: &'a Tree,
+    geometry: Geometry,
+    file: Memfd,
+    data: PageSet,
+    holes: PageSet,
+}
+
+impl<'a> LayerBuilder<'a> {
+    pub(super) fn new(tree: &'a Tree, geometry: Geometry) -> Result<Self, SpaceError> {
+        let file = Memfd::create("offshoot-layer", geometry.len())?;
+        Ok(Self { tree, geometry, file, data: PageSet::new(), holes: PageSet::new() })
+    }
+
+    /// Copies `range` from a paused guest's memory. Runs are to come in ascending order.
+    pub(super) fn copy_from(&mut self, mapping: &Mapping, range: PageRange) -> Result<(), SpaceError> {
+        let mut copied = PageSet::new();
+        let mut bytes = vec![0; self.geometry.page_size().bytes().get() as usize];
+        for page in range.iter() {
+            if self.is_zero(mapping, page, &mut bytes)? {
+                self.holes.push(PageRange::one(page));
+            } else {
+                copied.push(PageRange::one(page));
+            }
+        }
+        for run in copied.runs() {
+            self.file.write_at_from(mapping, host_pages(self.geometry, run))?;
+            self.data.push(run);
+        }
+        Ok(())
+    }
+
+    fn is_zero(&self, mapping: &Mapping, page: PageIndex, bytes: &mut [u8]) -> Result<bool, SpaceError> {
+        let at = self.geometry.page_size().start_of(page);
+        // Most pages that hold anything hold something in their first word.
+        if mapping.load::<u64>(at)? != 0 {
+            return Ok(false);
+        }
+        mapping.read(at, bytes)?;
+        Ok(is_zero(bytes))
+    }
+
+    /// Copies `range` from any source. Runs are to come in ascending order.
+    pub(super) fn copy_from_source(&mut self, source: &dyn Source, range: PageRange) -> Result<(), SpaceError> {
+        let size = self.geometry.page_size();
+        let mut bytes = vec![0; size.bytes().get() as usize];
+        for page in range.iter() {
+            source.read(size.start_of(page), &mut bytes)?;
+            if is_zero(&bytes) {
+                self.holes.push(PageRange::one(page));
+            } else {
+                self.file.write_at(size.start_of(page), &bytes)?;
+                self.data.push(PageRange::one(page));
+            }
+        }
+        Ok(())
+    }
+
+    /// Seals the layer; says which pages are data in it, and which are holes.
+    pub(super) fn finish(self) -> Result<Built, SpaceError> {
+        let file = seal(self.file)?;
+        Ok(Built { layer: Layer::new(self.tree, file), data: self.data, holes: self.holes })
+    }
+}
+
+/// A finished layer.
+pub(super) struct Built {
+    pub(super) layer: Arc<Layer>,
+    pub(super) data: PageSet,
+    pub(super) holes: PageSet,
+}
+
+impl Built {
+    /// Names its pages in an index.
+    pub(super) fn name_in(&self, index: &mut Index<Spot>) {
+        for (pages, content) in [(&self.data, Content::Data), (&self.holes, Content::Hole)] {
+            let state = PageState::Data(Spot { layer: self.layer.clone(), content });
+            for run in pages.runs() {
+                index.set(run, &state);
+            }
+        }
+    }
+}
+
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Pages of a space as pages of the kernel's.
+pub(super) fn host_pages(geometry: Geometry, range: PageRange) -> PageRange {
+    let scale = geometry.page_size().shift() - HOST_PAGE.shift();
+    let at = |page: PageIndex| PageIndex::new(page.get() << scale);
+    PageRange::from_bounds(at(range.start()), at(range.end()))
+}
+
+/// Pages of the kernel's as the pages of a space that they touch.
+pub(super) fn space_pages(geometry: Geometry, host: &PageSet) -> PageSet {
+    let scale = geometry.page_size().shift() - HOST_PAGE.shift();
+    let mut pages = PageSet::new();
+    let mut from = 0;
+    for run in host.runs() {
+        let start = (run.start().get() >> scale).max(from);
+        let end = ((run.end().get() - 1) >> scale) + 1;
+        from = end.max(from);
+        pages.push(PageRange::from_bounds(PageIndex::new(start), PageIndex::new(end)));
+    }
+    pages
+}

@@ -1,0 +1,409 @@
+//! The mapped backing (Linux): sealed memory files, private mappings, and a kernel that breaks sharing.
+//!
+//! ```text
+//!   before the first cut        guest ──shared──▶ memory file
+//!   after it                    guest ──private─▶ sealed file (layer 0) ◀─private── every clone
+//!   a diverged VM, cut again    its private pages are copied into a sparse sealed file (layer k), which is laid
+//!                               over the same pages: they are shared from then on, and its page tables are small again
+//! ```
+//!
+//! A clone's RAM is private mappings of sealed files: the first write to a page is the kernel's own fault, there is no
+//! handler to wait for, and pages that are only read stay one physical copy. Which pages a VM has of its own is asked of the kernel's
+//! page tables. Host addresses are stable for the life of the space, through forks and resets.
+//!
+//! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since.
+//!
+//! Locking: `state` is held shared by every access through this type, exclusively by cut, reset and zero. vCPUs go through host
+//! pointers and take no lock: they must be paused for those, which is the guest's contract.
+
+mod cut;
+mod image;
+mod layer;
+
+pub use cut::MappedCut;
+pub use image::MappedImage;
+
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
+use super::heap::VIEW_PATIENCE;
+use super::{Backing, Sealed, Tree};
+use crate::account::Usage;
+use crate::error::{SpaceError, SystemError};
+use crate::image::Source;
+use crate::overlay::{Index, PageState};
+use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet};
+use crate::ram::Ram;
+#[cfg(any(feature = "kvm", feature = "vm-memory"))]
+use crate::sys::mapping::KeptRange;
+use crate::sys::mapping::Mapping;
+use crate::sys::memfd::Memfd;
+use crate::sys::pagemap::ScanMethod;
+
+/// A space of mapped memory. See the [module](crate::backing) for the contract, and [`Ram::host_ranges`] for what a hypervisor
+/// maps into its guest.
+///
+/// Page sizes over 4 KiB make a fork copy that much around a dirty page; the kernel's own faults stay 4 KiB.
+pub struct Mapped {
+    state: RwLock<State>,
+}
+
+struct State {
+    origin: MappedImage,
+    mapping: Mapping,
+    view: View,
+    shown: Index<Spot>,
+    table_bytes: u64,
+    /// Set where undoing a failed step failed: content can no longer be trusted, and every call says so.
+    lost: Option<SystemError>,
+}
+
+/// What the mapping is.
+enum View {
+    /// Shared, of a file that nobody else maps. The guest's writes are in the file.
+    Shared(OwnFile),
+    /// Private, of the layers in `shown`.
+    Private,
+}
+
+/// The file of a space that was never cut.
+enum OwnFile {
+    Writable(Memfd),
+    /// A cut was begun and undone: the seal against new writers stays, and hinders nobody.
+    Sealed(Arc<Layer>),
+}
+
+impl State {
+    fn geometry(&self) -> Geometry {
+        self.origin.geometry()
+    }
+
+    fn usable(&self) -> Result<(), SpaceError> {
+        self.lost.clone().map_or(Ok(()), |lost| Err(lost.into()))
+    }
+
+    /// The pages that this VM has of its own, from the kernel.
+    fn private_pages(&self) -> Result<PageSet, SpaceError> {
+        let pagemap = self.origin.family().pagemap()?;
+        let all = self.mapping.geometry().all();
+        Ok(space_pages(self.geometry(), &pagemap.scan(&self.mapping, all, ScanMethod::Best)?))
+    }
+
+    /// The pages whose content is not the root image's. Before the first cut there is nobody to share with and nothing in the
+    /// page tables that would tell: it reads everything.
+    fn changed_from_root(&self) -> Result<PageSet, SpaceError> {
+        let size = self.geometry().page_size();
+        let mut own = vec![0; size.bytes().get() as usize];
+        let mut root = own.clone();
+        let mut changed = PageSet::new();
+        for page in self.geometry().all().iter() {
+            match &self.view {
+                // Reading the file allocates nothing; reading a hole through the mapping would.
+                View::Shared(OwnFile::Writable(file)) => file.read_at(size.start_of(page), &mut own)?,
+                View::Shared(OwnFile::Sealed(layer)) => layer.file.read_at(size.start_of(page), &mut own)?,
+                View::Private => self.mapping.read(size.start_of(page), &mut own)?,
+            }
+            self.origin.read(size.start_of(page), &mut root)?;
+            if own != root {
+                changed.push(PageRange::one(page));
+            }
+        }
+        Ok(changed)
+    }
+
+    fn dirty(&self) -> Result<PageSet, SpaceError> {
+        if self.origin.is_root() {
+            return self.changed_from_root();
+        }
+        Ok(self.private_pages()?.union(&self.origin.index().diff(&self.shown)))
+    }
+
+    /// Lays a layer over pages, which then show it and nothing private.
+    fn show(&mut self, range: PageRange, spot: &Spot) -> Result<(), SpaceError> {
+        let host = host_pages(self.geometry(), range);
+        match self.mapping.overlay_extent(host, &spot.layer.file) {
+            Ok(()) => {
+                self.table_bytes += self.shown.set(range, &PageState::Data(spot.clone()));
+                Ok(())
+            }
+            Err(error) => Err(self.note(error)),
+        }
+    }
+
+    /// Remembers an error after which content cannot be trusted.
+    fn note(&mut self, error: crate::sys::error::SysError) -> SpaceError {
+        let error = SpaceError::from(error);
+        if let SpaceError::System(lost @ SystemError::Lost { .. }) = &error {
+            self.lost = Some(lost.clone());
+        }
+        error
+    }
+
+    fn zero(&mut self, range: PageRange) -> Result<(), SpaceError> {
+        let host = host_pages(self.geometry(), range);
+        if let View::Shared(own) = &self.view {
+            return match own {
+                OwnFile::Writable(file) => Ok(file.punch(host)?),
+                OwnFile::Sealed(_) => Ok(self.mapping.zero(host)?),
+            };
+        }
+        let budget = self.origin.tree().limits().mappings_per_vm;
+        if self.mapping.kernel_mappings() + 2 <= budget {
+            let geometry = self.geometry();
+            let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
+            match self.show(range, &Spot { layer, content: Content::Hole }) {
+                Ok(()) => return Ok(()),
+                Err(error) if self.lost.is_some() => return Err(error),
+                // No room for one more mapping: zeroes can be written as well, they only take memory.
+                Err(_) => {}
+            }
+        }
+        Ok(self.mapping.zero(host)?)
+    }
+
+    fn reset(&mut self) -> Result<PageCount, SpaceError> {
+        if self.origin.is_root() {
+            let changed = self.changed_from_root()?;
+            let size = self.geometry().page_size();
+            let mut bytes = vec![0; size.bytes().get() as usize];
+            for page in changed.pages() {
+                self.origin.read(size.start_of(page), &mut bytes)?;
+                if is_zero(&bytes) {
+                    self.zero(PageRange::one(page))?;
+                } else {
+                    self.mapping.write(size.start_of(page), &bytes)?;
+                }
+            }
+            return Ok(changed.count());
+        }
+        // Pages that show another layer than the origin's first: laying the right one over them drops what is private there.
+        let moved = self.origin.index().diff(&self.shown);
+        let origin = self.origin.clone();
+        for run in moved.runs() {
+            for (run, state) in origin.index().runs(run) {
+                if let PageState::Data(spot) = state {
+                    self.show(run, spot)?;
+                }
+            }
+        }
+        let dropped = self.mapping.reset_private(origin.family().pagemap()?)?;
+        self.shown = origin.index().clone();
+        self.table_bytes = 0;
+        let scale = self.geometry().page_size().shift() - HOST_PAGE.shift();
+        let dropped = PageCount::new(dropped.pages.get().div_ceil(1 << scale));
+        Ok(dropped.saturating_add(moved.count()))
+    }
+}
+
+impl Mapped {
+    /// A space that was never cut: a shared mapping of a file of its own, filled from the root image.
+    fn fresh(root: MappedImage) -> Result<Self, SpaceError> {
+        let geometry = root.geometry();
+        let file = Memfd::create("offshoot-ram", geometry.len())?;
+        let size = geometry.page_size();
+        let mut bytes = vec![0; size.bytes().get() as usize];
+        for page in root.base_pages().iter() {
+            root.read(size.start_of(page), &mut bytes)?;
+            if !is_zero(&bytes) {
+                file.write_at(size.start_of(page), &bytes)?;
+            }
+        }
+        let mut mapping = Mapping::map_shared(&file, geometry.len())?;
+        // Room to move the view aside is made now, so that the first cut does not have to.
+        mapping.prepare_spare()?;
+        Ok(Self::with(root, mapping, View::Shared(OwnFile::Writable(file))))
+    }
+
+    fn over(origin: MappedImage) -> Result<Self, SpaceError> {
+        let mapping = origin.map()?;
+        Ok(Self::with(origin, mapping, View::Private))
+    }
+
+    fn with(origin: MappedImage, mapping: Mapping, view: View) -> Self {
+        let shown = origin.index().clone();
+        Self { state: RwLock::new(State { origin, mapping, view, shown, table_bytes: 0, lost: None }) }
+    }
+
+    fn shared(&self) -> Result<RwLockReadGuard<'_, State>, SpaceError> {
+        let state = self.state.read();
+        state.usable()?;
+        Ok(state)
+    }
+
+    fn exclusive(&self) -> Result<RwLockWriteGuard<'_, State>, SpaceError> {
+        let state = self.state.try_write_for(VIEW_PATIENCE).ok_or(SpaceError::Busy { waited: VIEW_PATIENCE })?;
+        state.usable()?;
+        Ok(state)
+    }
+
+    /// Where the space lies in this process, all of it. Stable for the life of the space; dereferencing it is the embedder's unsafe code.
+    pub fn host_base(&self) -> NonNull<u8> {
+        self.state.read().mapping.base()
+    }
+
+    /// Part of the space's addresses, kept mapped for whoever holds host pointers.
+    #[cfg(any(feature = "kvm", feature = "vm-memory"))]
+    pub(crate) fn keep(&self, at: ByteOffset, len: ByteSize) -> Result<KeptRange, SpaceError> {
+        Ok(self.shared()?.mapping.keep(at, len)?)
+    }
+
+    /// Kernel mappings that it is made of, against [`Limits::mappings_per_vm`](crate::Limits::mappings_per_vm).
+    pub fn kernel_mappings(&self) -> u64 {
+        self.state.read().mapping.kernel_mappings()
+    }
+}
+
+/// A region of guest RAM and where it lies in this process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HostRange {
+    /// Its first guest address.
+    pub guest: GuestAddress,
+    /// Its first host address. Valid while the [`Ram`] lives.
+    pub host: NonNull<u8>,
+    /// Its length.
+    pub len: ByteSize,
+}
+
+impl Ram<Mapped> {
+    /// Every region with its host address: what a hypervisor registers as memory slots.
+    ///
+    /// The addresses stay valid and mean the same memory for as long as this `Ram` lives, through forks and resets. The guest must be
+    /// paused in those.
+    ///
+    /// ```
+    /// use offshoot::{Tree, backing::Mapped, page::*, ram::*};
+    /// let ram: Ram<Mapped> = Ram::create(&Tree::default(), RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4)?)?;
+    /// let region = ram.host_ranges().next().unwrap();
+    /// assert_eq!((region.guest, region.len), (GuestAddress::new(0), ByteSize::mib(1)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn host_ranges(&self) -> impl ExactSizeIterator<Item = HostRange> + '_ {
+        let base = self.space().host_base();
+        self.layout().regions().map(move |(region, offset)| {
+            let addr = base.addr().saturating_add(offset.get() as usize);
+            HostRange { guest: region.start, host: base.with_addr(addr), len: region.len }
+        })
+    }
+}
+
+impl fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.state.try_read() {
+            Some(state) => f
+                .debug_struct("Mapped")
+                .field("origin", &state.origin)
+                .field("mappings", &state.mapping.kernel_mappings())
+                .finish_non_exhaustive(),
+            None => f.write_str("Mapped(being cut)"),
+        }
+    }
+}
+
+impl Backing for Mapped {
+    type Sealed = MappedImage;
+    type Cut<'a> = MappedCut<'a>;
+
+    fn create(tree: &Tree, geometry: Geometry, base: Option<Arc<dyn Source>>) -> Result<Self, SpaceError> {
+        Self::fresh(MappedImage::root(tree, geometry, base)?)
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.state.read().geometry()
+    }
+
+    fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
+        Ok(self.shared()?.mapping.read(at, buf)?)
+    }
+
+    fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError> {
+        Ok(self.shared()?.mapping.write(at, data)?)
+    }
+
+    fn zero(&self, range: PageRange) -> Result<(), SpaceError> {
+        let mut state = self.exclusive()?;
+        state.geometry().check_pages(range)?;
+        if range.is_empty() { Ok(()) } else { state.zero(range) }
+    }
+
+    fn flush(&self) -> Result<(), SpaceError> {
+        // Memory has no medium behind it.
+        Ok(())
+    }
+
+    fn cut(&self) -> Result<MappedCut<'_>, SpaceError> {
+        MappedCut::begin(self.exclusive()?)
+    }
+
+    fn origin(&self) -> MappedImage {
+        self.state.read().origin.clone()
+    }
+
+    fn dirty(&self) -> Result<PageSet, SpaceError> {
+        self.shared()?.dirty()
+    }
+
+    fn reset(&self) -> Result<PageCount, SpaceError> {
+        self.exclusive()?.reset()
+    }
+
+    /// What it holds. Asks the kernel: by the page tables in use, some 3 ms per GiB that the guest has touched.
+    ///
+    /// Before the first fork everything that the kernel has allocated is private. After it, pages of the first layer that the guest never
+    /// touched count as shared.
+    fn usage(&self) -> Result<Usage, SpaceError> {
+        let state = self.shared()?;
+        let (geometry, total) = (state.geometry(), state.geometry().pages());
+        let (private, zero) = match &state.view {
+            View::Shared(own) => {
+                let allocated = match own {
+                    OwnFile::Writable(file) => file.allocated()?,
+                    OwnFile::Sealed(layer) => layer.file.allocated()?,
+                };
+                let pages = allocated.get().div_ceil(geometry.page_size().bytes().get()).min(total.get());
+                (PageCount::new(pages), PageCount::new(total.get() - pages))
+            }
+            View::Private => {
+                let private = state.private_pages()?;
+                let mut zero = PageCount::ZERO;
+                for (run, spot) in state.shown.runs(geometry.all()) {
+                    if matches!(spot, PageState::Data(Spot { content: Content::Hole, .. })) {
+                        zero = zero.saturating_add(run.count().saturating_sub(private.count_in(run)));
+                    }
+                }
+                (private.count(), zero)
+            }
+        };
+        Ok(Usage {
+            private,
+            shared: total.saturating_sub(private).saturating_sub(zero),
+            zero,
+            table_bytes: ByteSize::new(state.table_bytes),
+            layers: state.origin.layers(),
+            depth: state.origin.depth(),
+        })
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        let state = self.exclusive().map_err(|error| error.to_string())?;
+        state.origin.validate()?;
+        state.shown.validate()?;
+        if let View::Shared(_) = state.view {
+            return if state.mapping.is_shared() { Ok(()) } else { Err("never cut, and mapped privately".into()) };
+        }
+        // What the kernel shows, run by run, must be what the index says.
+        let shown = image::layer_runs(&state.shown, state.geometry().all());
+        let shown = shown.into_iter().map(|(run, layer)| (host_pages(state.geometry(), run), layer.file.id()));
+        let mapped = state.mapping.files();
+        for (run, file) in shown {
+            let agrees = mapped.iter().all(|(range, there)| range.intersect(run).is_empty() || *there == file);
+            if !agrees {
+                return Err(format!("{run:?} is mapped to another file than the index says"));
+            }
+        }
+        Ok(())
+    }
+}

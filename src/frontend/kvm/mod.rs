@@ -1,0 +1,84 @@
+//! Fork of whole KVM machines: capture and restore of every vCPU and every device that the kernel emulates, and memory
+//! slots over a clone's RAM. Linux on x86-64, feature `kvm`.
+//!
+//! It knows `kvm-ioctls` descriptors that the embedder made, and nothing of the engine's images, overlays and forks:
+//! a [`MachineState`] is opaque to them.
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | `host.rs` | [`KvmHost`]: what is asked of the host once |
+//! | `support.rs` | [`KvmSupport`]: which calls this host lacks, by name |
+//! | `build.rs` | [`VmBuilder`]: the order of creation that is fast |
+//! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
+//! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
+//! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
+//! | `vcpu.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
+//! | `encode.rs`, `decode.rs` | the stable bytes |
+//! | `diff.rs` | where two states differ, by name |
+//! | `call.rs`, `error.rs` | names of calls, errors with advice |
+//!
+//! # A clone from nothing to its first instruction
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use offshoot::frontend::kvm::{AnonymousRam, DirtyLog, KvmHost, MachineState, SlotNumber, VmBuilder};
+//! use offshoot::page::{ByteSize, GuestAddress};
+//! # fn captured() -> Arc<MachineState> { unimplemented!() }
+//!
+//! let host = KvmHost::open()?;                        // once per process
+//! let state = captured();                             // once per fork point, see `MachineState::capture`
+//! let ram = AnonymousRam::new(ByteSize::mib(1))?;     // a clone's RAM
+//! let mut clone = VmBuilder::new(&host)?
+//!     .ram(SlotNumber::new(0), GuestAddress::new(0), ram, DirtyLog::Off)?
+//!     .devices(state.devices())?
+//!     .vcpus(state.vcpu_count())?;
+//! state.restore(&host, clone.vm(), clone.vcpus())?;
+//! let first_exit = clone.vcpus_mut()[0].run();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod build;
+mod call;
+mod chips;
+mod decode;
+mod diff;
+mod encode;
+mod error;
+mod exit;
+mod host;
+mod machine;
+mod msr;
+mod ram;
+mod support;
+mod vcpu;
+
+pub use build::{KvmMachine, VmBuilder, VmWithDevices};
+pub use call::KvmCall;
+pub use chips::{Clock, Devices, Irqchips, Pit};
+pub use diff::{Difference, Part};
+pub use encode::{FORMAT_VERSION, MAX_ENCODED_SIZE};
+pub use error::{DecodeError, KvmError};
+pub use exit::finish_exit;
+pub use host::KvmHost;
+pub use machine::{MachinePlan, MachineState, Omission};
+pub use msr::{MsrIndex, MsrPlan};
+pub use ram::{AnonymousRam, DirtyLog, HostMemory, RamSlot, SlotNumber};
+pub use support::{KvmSupport, MissingCall};
+pub use vcpu::{Target, VcpuIndex};
+
+type Errno = kvm_ioctls::Error;
+
+/// Turns a refused call on the machine into an error that names it.
+fn machine_error(call: KvmCall) -> impl Fn(Errno) -> KvmError {
+    move |errno| KvmError::Machine { call, source: std::io::Error::from_raw_os_error(errno.errno()) }
+}
+
+/// Turns a refused call on a vCPU into an error that names both.
+fn vcpu_error(call: KvmCall, vcpu: VcpuIndex) -> impl Fn(Errno) -> KvmError {
+    move |errno| KvmError::Vcpu { call, vcpu, source: std::io::Error::from_raw_os_error(errno.errno()) }
+}
+
+/// The same for the calls that `sys` issues.
+fn io_error(call: KvmCall, vcpu: VcpuIndex) -> impl Fn(std::io::Error) -> KvmError {
+    move |source| KvmError::Vcpu { call, vcpu, source }
+}

@@ -1,0 +1,27 @@
+//! For tests, yours as well as ours (feature `testing`): a model that is too simple to be wrong, a conformance suite for backings
+//! and base images, and failures on demand.
+//!
+//! Whoever writes a [`Backing`](crate::backing::Backing) of their own runs the suite against it; it panics at the first rule that
+//! is broken, and says which.
+//!
+//! ```
+//! # struct MyBacking;
+//! # type MyHeap = offshoot::backing::Heap;
+//! // In your tests: `MyHeap` is your type.
+//! offshoot::testing::conformance::backing::<MyHeap>();
+//! // And for an image of your own, with what it must hold:
+//! let image = offshoot::testing::ByteSource::new(vec![7; 5000]);
+//! offshoot::testing::conformance::source(&image, &[7; 5000]);
+//! ```
+//!
+//! Nothing here is compiled into a crate that does not ask for it. Must not be used by anything else in `src/`.
+
+pub mod conformance;
+mod dice;
+#[cfg(unix)]
+pub mod faults;
+mod model;
+mod pair;
+
+pub use dice::Dice;
+pub use model::{ByteSource, Flat};
