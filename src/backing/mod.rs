@@ -17,6 +17,8 @@ pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use mapped::{HostRange, Mapped, MappedCut, MappedImage};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
 
 use std::fmt;
 use std::sync::Arc;

@@ -3,7 +3,8 @@
 //! First: the file is sealed against new writers and the view is moved aside, page tables and all, while a private view takes its
 //! place; nothing is copied and the cost does not grow with RAM. Later: the private pages are found in the page
 //! tables and copied into a new layer; the commit lays it over them. Where they are so scattered that the mappings would exceed
-//! their limit, small gaps of clean pages are copied along.
+//! their limit, small gaps of clean pages are copied along. Live: the layer was made ahead by [`precopy`](super::precopy), and the
+//! private pages stay.
 //!
 //! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
 //! private, which shows the same bytes and only costs memory.
@@ -14,12 +15,12 @@ use std::sync::Arc;
 use parking_lot::RwLockWriteGuard;
 
 use super::image::layer_runs;
-use super::layer::{Built, Content, Layer, LayerBuilder, Spot, seal_error};
+use super::layer::{Content, Layer, LayerBuilder, Spot, seal_error};
 use super::{MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
 use crate::error::SpaceError;
 use crate::overlay::{Index, PageState};
-use crate::page::{PageCount, PageIndex, PageRange, PageSet};
+use crate::page::{Geometry, PageCount, PageIndex, PageRange, PageSet};
 use crate::sys::freeze::{MovedAside, Restored};
 use crate::sys::memfd::{FinalSeal, SealFailed};
 
@@ -37,8 +38,10 @@ pub struct MappedCut<'a> {
 enum Step {
     /// The view was moved aside.
     First { aside: Option<MovedAside>, layer: Arc<Layer> },
-    /// A layer waits to be laid over the private pages it was copied from.
-    Later(Option<Built>),
+    /// A layer was made of the private pages, and waits to be laid over them.
+    Later,
+    /// A layer was made ahead, and stays beside the private pages it was copied from.
+    Live(Arc<Layer>),
     /// Committed.
     Done,
 }
@@ -57,11 +60,18 @@ impl<'a> MappedCut<'a> {
             state.view = View::Private;
             return Ok(Self { state, sealed, step: Step::First { aside, layer } });
         }
-        let private = state.private_pages()?;
-        let mut index = state.shown.clone();
-        let built = if private.is_empty() { None } else { Some(copy_private(&state, &private, &mut index)?) };
+        let written = state.written_pages()?;
+        let mut index = state.next_index();
+        if !written.is_empty() {
+            copy_written(&state, &written, &mut index)?;
+        }
         let sealed = state.origin.child(index)?;
-        Ok(Self { state, sealed, step: Step::Later(built) })
+        Ok(Self { state, sealed, step: Step::Later })
+    }
+
+    /// A cut whose layer, sealed, was made ahead by a pre-copy, which undoes what it did if this is dropped.
+    pub(super) fn live(state: RwLockWriteGuard<'a, State>, sealed: MappedImage, layer: Arc<Layer>) -> Self {
+        Self { state, sealed, step: Step::Live(layer) }
     }
 }
 
@@ -87,29 +97,39 @@ fn seal_own_file(state: &mut State) -> Result<Arc<Layer>, SpaceError> {
     }
 }
 
-/// Copies the private pages into a new layer and names it in `index`, within the limit on mappings.
-fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Result<Built, SpaceError> {
-    let geometry = state.geometry();
-    let limit = state.origin.tree().limits().mappings_per_vm;
+/// Pages for a new layer over `index`: those in `pages`, and as many between them as the limit on mappings demands. With it, the
+/// mappings that a clone will need.
+pub(super) fn within_mappings(
+    index: &Index<Spot>,
+    geometry: Geometry,
+    pages: &PageSet,
+    limit: u64,
+) -> Result<(PageSet, u64), SpaceError> {
     let mut gap = CHEAP_GAP;
-    let runs = loop {
-        let runs = private.closing_gaps(gap);
-        let needed = mappings_with(&state.shown, geometry.all(), &runs);
+    loop {
+        let runs = pages.closing_gaps(gap);
+        let needed = mappings_with(index, geometry.all(), &runs);
         if needed <= limit {
-            break runs;
+            return Ok((runs, needed));
         }
         if runs.runs().len() <= 1 {
             return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
         }
         gap = gap.saturating_add(gap);
-    };
+    }
+}
+
+/// Copies pages into a new layer and names it in `index`, within the limit on mappings.
+fn copy_written(state: &State, written: &PageSet, index: &mut Index<Spot>) -> Result<(), SpaceError> {
+    let geometry = state.geometry();
+    let limit = state.origin.tree().limits().mappings_per_vm;
+    let (runs, _) = within_mappings(index, geometry, written, limit)?;
     let mut builder = LayerBuilder::new(state.origin.tree(), geometry)?;
     for run in runs.runs() {
         builder.copy_from(&state.mapping, run)?;
     }
-    let built = builder.finish()?;
-    built.name_in(index);
-    Ok(built)
+    builder.finish()?.name_in(index);
+    Ok(())
 }
 
 /// Kernel mappings of a clone of `shown` with `over` laid on it: runs of one layer.
@@ -173,11 +193,15 @@ impl Cut for MappedCut<'_> {
                 state.shown = self.sealed.index().clone();
                 Deferred::costly((OldView { aside, layer }, old))
             }
-            Step::Later(built) => {
-                if let Some(built) = built {
-                    lay(state, &built);
-                }
-                Deferred::cheap(old)
+            Step::Later => {
+                lay(state);
+                let lifted = state.cut_committed();
+                if lifted.is_some() { Deferred::costly((lifted, old)) } else { Deferred::cheap(old) }
+            }
+            Step::Live(layer) => {
+                state.live_cut_committed();
+                // Only calls wrote the file, so the last seal is due as soon as nobody waits for it.
+                Deferred::cheap((OldView { aside: None, layer }, old))
             }
             Step::Done => unreachable!("commit takes the cut"),
         };
@@ -185,17 +209,20 @@ impl Cut for MappedCut<'_> {
     }
 }
 
-/// Lays a layer over the pages it was copied from. One run of data and holes together is one mapping.
-fn lay(state: &mut State, built: &Built) {
-    for run in built.data.union(&built.holes).runs() {
-        let whole = Spot { layer: built.layer.clone(), content: Content::Data };
-        if let Err(error) = state.show(run, &whole) {
-            tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
-            continue;
-        }
-        let hole = Spot { layer: built.layer.clone(), content: Content::Hole };
-        for holes in built.holes.runs().map(|holes| holes.intersect(run)).filter(|holes| !holes.is_empty()) {
-            state.shown.set(holes, &PageState::Data(hole.clone()));
+/// Lays the origin's layers over all pages that show others. One run of data and holes together is one mapping.
+fn lay(state: &mut State) {
+    let origin = state.origin.index().clone();
+    for moved in state.shown.diff(&origin).runs() {
+        for (run, layer) in layer_runs(&origin, moved) {
+            if let Err(error) = state.show(run, &Spot { layer, content: Content::Data }) {
+                tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
+                continue;
+            }
+            for (run, spot) in origin.runs(run) {
+                if matches!(spot, PageState::Data(Spot { content: Content::Hole, .. })) {
+                    state.shown.set(run, &spot.cloned());
+                }
+            }
         }
     }
     // Everything laid: the index is the image's own, node for node, and not only in content.
@@ -232,7 +259,7 @@ fn keep_private(state: &mut State, layer: Arc<Layer>) {
 mod tests {
     use super::*;
     use crate::Tree;
-    use crate::page::{ByteSize, Geometry, PageSize};
+    use crate::page::{ByteSize, PageSize};
     use crate::sys::memfd::Memfd;
 
     #[test]

@@ -1,0 +1,560 @@
+//! Copying a diverged VM's private pages into the next layer while its guest runs.
+//!
+//! A round protects the pages written since the round before, in the page tables, and then copies them: in this order, so that a
+//! page that was written while it was copied is written *since*, and is copied again. The last round, with the guest paused,
+//! finds only what the one before left. What it copied names itself in the index of the next image as it goes, so that the pause pays
+//! for the last round alone.
+//!
+//! ```text
+//!   page              private, protected           private, not protected      not private
+//!   bytes are         the origin's (idle) or       the guest's alone           those of `shown`, which are the
+//!                     the new layer's (attempt)                                origin's but for pages zeroed since
+//! ```
+//!
+//! Nothing is laid over the pages at the commit, which would cost 1.6 µs a run inside the pause: they stay private, protected,
+//! with the new origin's bytes. The price is memory, at most once a page; a plain fork or a reset lays the layers and gives it back.
+//!
+//! **The tracker may be forgotten at any time.** Without it every private page counts as written and is copied again: more work, same
+//! bytes. So whatever goes wrong, dropping it is the way out. What must never be is a page that is protected without being copied: an
+//! attempt that fails lifts its protections, or drops the tracker.
+//!
+//! Must not know of guests, policies or pauses: rounds are asked for by `vm::live`.
+
+use std::mem::take;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cut::within_mappings;
+use super::layer::{Content, Layer, Spot, copy_run, host_pages, space_pages};
+use super::{Mapped, MappedCut, MappedImage, State, View};
+use crate::backing::Sealed;
+use crate::error::SpaceError;
+use crate::image::Source;
+use crate::overlay::{Index, PageState};
+use crate::page::{PageCount, PageIndex, PageRange, PageSet};
+use crate::sys::error::SysError;
+use crate::sys::memfd::Memfd;
+use crate::sys::uffd::{Uffd, UffdError};
+
+/// Pages copied with the space's lock held once.
+const BATCH: u64 = 256;
+
+/// What a page takes to copy before any was measured: with memory that the host must find and clear first.
+const COLD_COPY: Duration = Duration::from_micros(4);
+
+/// Rounds of fewer pages say nothing about the rate.
+const MEASURABLE: u64 = 32;
+
+/// The write protection of a space, from its first live fork on.
+pub(super) struct Tracker {
+    uffd: Uffd,
+    /// Zeroed since the origin: what they show is not the origin's.
+    zeroed: PageSet,
+    /// While a live fork is under way: zeroed since it last looked.
+    attempt: Option<Vec<PageRange>>,
+}
+
+impl Tracker {
+    fn idle(&self) -> bool {
+        self.attempt.is_none()
+    }
+}
+
+impl State {
+    /// The private pages whose bytes are not the origin's, and maybe others.
+    pub(super) fn written_pages(&self) -> Result<PageSet, SpaceError> {
+        match &*self.tracker.lock() {
+            Some(tracker) if tracker.idle() => {
+                let pagemap = self.origin.family().pagemap()?;
+                let written = pagemap.written(&self.mapping, self.mapping.geometry().all())?;
+                Ok(space_pages(self.geometry(), &written))
+            }
+            _ => self.private_pages(),
+        }
+    }
+
+    /// The pages that show something else than the origin's bytes where they are not private, and maybe others.
+    pub(super) fn zeroed_pages(&self) -> PageSet {
+        match &*self.tracker.lock() {
+            Some(tracker) if tracker.idle() => tracker.zeroed.clone(),
+            _ => self.origin.index().diff(&self.shown),
+        }
+    }
+
+    /// The index of the next image, but for the pages that will be in its own layer.
+    pub(super) fn next_index(&self) -> Index<Spot> {
+        match &*self.tracker.lock() {
+            Some(tracker) if tracker.idle() => {
+                let mut index = self.origin.index().clone();
+                tracker.zeroed.runs().for_each(|run| self.name_shown(run, &mut index));
+                index
+            }
+            _ => self.shown.clone(),
+        }
+    }
+
+    /// Turns write protection on for an attempt. Nothing is protected that was not.
+    fn watch(&self) -> Result<Before, UffdError> {
+        let mut slot = self.tracker.lock();
+        if let Some(tracker) = &mut *slot {
+            if !tracker.idle() {
+                return Err(SysError::Misuse("a live fork of this space is under way").into());
+            }
+            tracker.uffd.register(&self.mapping)?;
+            tracker.attempt = Some(tracker.zeroed.runs().collect());
+            return Ok(Before::Kept);
+        }
+        let uffd = Uffd::open()?;
+        uffd.register(&self.mapping)?;
+        let zeroed = self.origin.index().diff(&self.shown);
+        let attempt = Some(zeroed.runs().collect());
+        *slot = Some(Tracker { uffd, zeroed, attempt });
+        Ok(Before::Nothing)
+    }
+
+    fn name_shown(&self, run: PageRange, index: &mut Index<Spot>) {
+        for (run, spot) in self.shown.runs(run) {
+            index.set(run, &spot.cloned());
+        }
+    }
+
+    pub(super) fn note_zeroed(&mut self, range: PageRange) {
+        if let Some(tracker) = self.tracker.get_mut() {
+            tracker.zeroed = tracker.zeroed.union(&one_run(range));
+            tracker.attempt.iter_mut().for_each(|fresh| fresh.push(range));
+        }
+    }
+
+    /// Before a reset: how many pages it will undo, if that is known without it.
+    pub(super) fn begin_reset(&mut self) -> Result<Option<PageCount>, SpaceError> {
+        match self.tracker.get_mut() {
+            Some(tracker) if tracker.idle() => Ok(Some(self.dirty()?.count())),
+            // Pages of the attempt's that are protected and dropped would leave markers behind. It finds itself gone.
+            _ => {
+                *self.tracker.get_mut() = None;
+                Ok(None)
+            }
+        }
+    }
+
+    pub(super) fn reset_done(&mut self) {
+        if let Some(tracker) = self.tracker.get_mut() {
+            tracker.zeroed = PageSet::new();
+        }
+    }
+
+    /// After a plain cut. A live fork that was under way is void: it finds its tracker gone, which is returned.
+    pub(super) fn cut_committed(&mut self) -> Option<Tracker> {
+        match self.tracker.get_mut() {
+            Some(tracker) if tracker.idle() => {
+                tracker.zeroed = PageSet::new();
+                None
+            }
+            other => other.take(),
+        }
+    }
+
+    /// After a live cut.
+    pub(super) fn live_cut_committed(&mut self) {
+        if let Some(tracker) = self.tracker.get_mut() {
+            tracker.zeroed = PageSet::new();
+            tracker.attempt = None;
+        }
+    }
+
+    /// Every page that does not count as changed reads as the origin, whatever shows it.
+    pub(super) fn validate_tracker(&self) -> Result<(), String> {
+        if self.tracker.lock().as_ref().is_none_or(|tracker| !tracker.idle()) {
+            return Ok(());
+        }
+        let (size, text) = (self.geometry().page_size(), |error: SpaceError| error.to_string());
+        let (mut own, mut origin) = (vec![0; size.bytes().get() as usize], vec![0; size.bytes().get() as usize]);
+        let kept = self.origin.index().diff(&self.shown).union(&self.private_pages().map_err(text)?);
+        for page in kept.difference(&self.dirty().map_err(text)?).pages() {
+            self.mapping.read(size.start_of(page), &mut own).map_err(|error| error.to_string())?;
+            self.origin.read(size.start_of(page), &mut origin).map_err(text)?;
+            if own != origin {
+                return Err(format!("page {} counts as unchanged, and differs from the origin", page.get()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn one_run(range: PageRange) -> PageSet {
+    let mut set = PageSet::new();
+    set.push(range);
+    set
+}
+
+/// How a live fork begins.
+pub(crate) enum Begun<'a> {
+    /// Write protection is on.
+    Watching(Precopy<'a>),
+    /// Never cut: a plain cut copies nothing.
+    NothingToCopy,
+    /// No write protection here. Copying with the guest paused would take about so long.
+    Unwatched {
+        /// What is missing.
+        why: UffdError,
+        /// The estimate.
+        pause: Duration,
+        /// Pages that there are to copy.
+        pages: PageCount,
+    },
+}
+
+/// What one round came to.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Round {
+    /// Pages copied.
+    pub(crate) pages: PageCount,
+    /// Finding and protecting them.
+    pub(crate) scan: Duration,
+    /// Copying them.
+    pub(crate) copy: Duration,
+}
+
+/// A pre-copy under way. Dropping it undoes it.
+pub(crate) struct Precopy<'a> {
+    space: &'a Mapped,
+    origin: MappedImage,
+    layer: Arc<Layer>,
+    /// Until it is sealed.
+    file: Option<Memfd>,
+    /// Of the next image, as far as copied.
+    index: Index<Spot>,
+    /// Pages that `index` names in the new layer.
+    copied: PageSet,
+    /// Kernel mappings that a clone of `index` needs.
+    mappings: u64,
+    pace: Pace,
+    attempt: Attempt,
+}
+
+/// What a failed attempt has to undo.
+struct Attempt {
+    tracker: Before,
+    /// Pages of the kernel's that it protected.
+    protected: PageSet,
+}
+
+/// What is known of the protections of before the attempt.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// They can be told from those of the attempt.
+    Kept,
+    /// There was no tracker, or a call failed that may have protected pages unseen.
+    Nothing,
+}
+
+/// Measured rates.
+#[derive(Clone, Copy, Default, Debug)]
+struct Pace {
+    /// Finding what was written, the last time.
+    scan: Duration,
+    /// Copying a page, in the slowest round.
+    page: Option<Duration>,
+}
+
+impl Pace {
+    fn note(&mut self, round: Round) {
+        if round.pages.get() >= MEASURABLE {
+            let page = round.copy / u32::try_from(round.pages.get()).unwrap_or(u32::MAX);
+            self.page = Some(self.page.map_or(page, |slowest| slowest.max(page)));
+        }
+    }
+
+    fn copying(&self, pages: PageCount) -> Duration {
+        let page = self.page.unwrap_or(COLD_COPY);
+        page.saturating_mul(u32::try_from(pages.get()).unwrap_or(u32::MAX))
+    }
+}
+
+/// Pages that a round found, protected and still to be copied.
+pub(crate) struct Found {
+    pages: PageSet,
+    scan: Duration,
+}
+
+impl Found {
+    /// How many there are.
+    pub(crate) fn count(&self) -> PageCount {
+        self.pages.count()
+    }
+}
+
+/// Whether the guest waits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Meanwhile {
+    Running,
+    Paused,
+}
+
+/// How long the last round may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum PauseBound {
+    /// As long as it takes.
+    None,
+    /// Longer, and there is no cut.
+    AtMost(Duration),
+}
+
+/// Why a live cut was not made; everything is as before.
+pub(crate) enum NoCut {
+    /// The last round would take so long, for so many pages.
+    TooLong(Duration, PageCount),
+    /// It failed.
+    Space(SpaceError),
+}
+
+impl<E: Into<SpaceError>> From<E> for NoCut {
+    fn from(error: E) -> Self {
+        Self::Space(error.into())
+    }
+}
+
+/// A cut whose layer was made ahead.
+pub(crate) struct LiveCut<'a> {
+    pub(crate) cut: MappedCut<'a>,
+    /// The last round.
+    pub(crate) last: Round,
+    /// What the pause was estimated to take, before the last copy.
+    pub(crate) estimate: Duration,
+}
+
+impl Mapped {
+    /// Begins a pre-copy: turns write protection on where it is not. Protects and copies nothing yet.
+    ///
+    /// # Errors
+    /// What the system refuses, but for write protection itself, which is [`Begun::Unwatched`].
+    pub(crate) fn precopy(&self) -> Result<Begun<'_>, SpaceError> {
+        let state = self.shared()?;
+        if matches!(state.view, View::Shared(_)) {
+            return Ok(Begun::NothingToCopy);
+        }
+        // Refused now rather than after all the work.
+        drop(state.origin.child(state.shown.clone())?);
+        let before = match state.watch() {
+            Ok(before) => before,
+            Err(UffdError::Sys(error)) => return Err(error.into()),
+            Err(why) => {
+                let pages = state.written_pages()?.count();
+                let pause = Pace::default().copying(pages);
+                return Ok(Begun::Unwatched { why, pause, pages });
+            }
+        };
+        // From here on it is undone on drop.
+        let attempt = Attempt { tracker: before, protected: PageSet::new() };
+        let file = match Memfd::create("offshoot-layer", state.geometry().len()) {
+            Ok(file) => file,
+            Err(error) => {
+                attempt.undo(&state);
+                return Err(error.into());
+            }
+        };
+        Ok(Begun::Watching(Precopy {
+            space: self,
+            origin: state.origin.clone(),
+            layer: Layer::promised(state.origin.tree()),
+            file: Some(file),
+            index: state.origin.index().clone(),
+            copied: PageSet::new(),
+            mappings: 0,
+            pace: Pace::default(),
+            attempt,
+        }))
+    }
+}
+
+fn misuse(what: &'static str) -> SpaceError {
+    SysError::Misuse(what).into()
+}
+
+impl<'a> Precopy<'a> {
+    /// Finds the pages written since it last looked, at first all that are not the origin's, and protects them.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub(crate) fn look(&mut self) -> Result<Found, SpaceError> {
+        let state = self.space.shared()?;
+        self.look_in(&state, Meanwhile::Running)
+    }
+
+    fn look_in(&mut self, state: &State, meanwhile: Meanwhile) -> Result<Found, SpaceError> {
+        let start = Instant::now();
+        {
+            let mut slot = state.tracker.lock();
+            let tracker = slot.as_mut().filter(|_| state.origin.same(&self.origin));
+            let Some((uffd, fresh)) = tracker.and_then(|t| Some((&t.uffd, t.attempt.as_mut()?))) else {
+                return Err(misuse("a space was reset or cut by others during a live fork"));
+            };
+            let fresh = take(fresh);
+            if !fresh.is_empty() {
+                // Zeroed pages are mapped anew, and not watched yet. One written since is found below.
+                uffd.register(&state.mapping).map_err(|error| match error {
+                    UffdError::Sys(error) => error.into(),
+                    _ => misuse("a live fork's memory was registered with another userfaultfd"),
+                })?;
+            }
+            for range in fresh {
+                state.name_shown(range, &mut self.index);
+                self.copied = self.copied.difference(&one_run(range));
+            }
+        }
+        let pagemap = state.origin.family().pagemap()?;
+        let candidates = pagemap.candidates(&state.mapping)?;
+        let scan = start.elapsed();
+        let attempt = &mut self.attempt;
+        let protected = pagemap.protect(&state.mapping, &candidates).inspect_err(|_| {
+            attempt.tracker = Before::Nothing;
+        })?;
+        attempt.protected = attempt.protected.union(&protected);
+        self.pace.scan = scan;
+        let written = space_pages(state.geometry(), &protected);
+        let pages = self.within_mappings(state, written, meanwhile)?;
+        Ok(Found { pages, scan: start.elapsed() })
+    }
+
+    /// What is to be copied: the written pages, and those between that must go along for want of mappings.
+    fn within_mappings(
+        &mut self,
+        state: &State,
+        written: PageSet,
+        meanwhile: Meanwhile,
+    ) -> Result<PageSet, SpaceError> {
+        let limit = state.origin.tree().limits().mappings_per_vm;
+        let new = written.difference(&self.copied);
+        if new.is_empty() {
+            return Ok(written);
+        }
+        // In the pause only if it must be: a run adds two mappings at most, and counting them all takes long.
+        let most = self.mappings.saturating_add(2 * new.runs().len() as u64);
+        if meanwhile == Meanwhile::Paused && self.mappings > 0 && most <= limit {
+            self.mappings = most;
+            return Ok(written);
+        }
+        let (all, needed) = within_mappings(&self.index, state.geometry(), &self.copied.union(&written), limit)?;
+        self.mappings = needed;
+        Ok(written.union(&all.difference(&self.copied)))
+    }
+
+    /// Copies what was found.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub(crate) fn copy(&mut self, found: Found) -> Result<Round, SpaceError> {
+        let start = Instant::now();
+        for run in found.pages.runs() {
+            let mut at = run.start();
+            while at < run.end() {
+                let end = PageIndex::new(at.get().saturating_add(BATCH).min(run.end().get()));
+                // Held no longer, so that whoever wants the space to himself need not wait for all pages.
+                let state = self.space.shared()?;
+                self.copy_run(&state, PageRange::from_bounds(at, end))?;
+                at = end;
+            }
+        }
+        Ok(self.copied_all(found, start))
+    }
+
+    fn copied_all(&mut self, found: Found, start: Instant) -> Round {
+        self.copied = self.copied.union(&found.pages);
+        let round = Round { pages: found.pages.count(), scan: found.scan, copy: start.elapsed() };
+        self.pace.note(round);
+        round
+    }
+
+    fn copy_run(&mut self, state: &State, run: PageRange) -> Result<(), SpaceError> {
+        let Some(file) = &self.file else { return Err(misuse("a pre-copy was used after its cut")) };
+        let copied = copy_run(file, state.geometry(), &state.mapping, run)?;
+        for page in copied.holes.pages() {
+            // What an earlier round wrote there is still in the file.
+            if let PageState::Data(Spot { layer, content: Content::Data }) = self.index.get(page)
+                && Arc::ptr_eq(layer, &self.layer)
+            {
+                file.punch(host_pages(state.geometry(), PageRange::one(page)))?;
+            }
+        }
+        for (pages, content) in [(&copied.data, Content::Data), (&copied.holes, Content::Hole)] {
+            let named = PageState::Data(Spot { layer: self.layer.clone(), content });
+            for run in pages.runs() {
+                if !run.iter().all(|page| self.index.get(page).same(named.as_ref())) {
+                    self.index.set(run, &named);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How long a last round would take for so many pages.
+    pub(crate) fn estimate(&self, pages: PageCount) -> Duration {
+        self.pace.scan.saturating_add(self.pace.copying(pages))
+    }
+
+    /// The last round and the cut. The guest must be paused.
+    ///
+    /// # Errors
+    /// [`NoCut`]. Nothing is undone before this is dropped, so that the guest need not wait for it.
+    pub(crate) fn cut(&mut self, bound: PauseBound) -> Result<LiveCut<'a>, NoCut> {
+        let start = Instant::now();
+        let state = self.space.exclusive()?;
+        let found = self.look_in(&state, Meanwhile::Paused)?;
+        let estimate = start.elapsed().saturating_add(self.pace.copying(found.count()));
+        if let PauseBound::AtMost(limit) = bound
+            && estimate > limit
+        {
+            return Err(NoCut::TooLong(estimate, found.count()));
+        }
+        let copying = Instant::now();
+        for run in found.pages.runs() {
+            self.copy_run(&state, run)?;
+        }
+        let last = self.copied_all(found, copying);
+        let sealed = state.origin.child(self.index.clone())?;
+        let Some(file) = self.file.take() else { return Err(misuse("a pre-copy was used after its cut").into()) };
+        // Enough to keep everybody out; the seal that walks the file's pages is set when the guest runs again.
+        let file = file.seal_future_write().map_err(|failed| super::layer::seal_error(failed.error))?;
+        self.layer.fulfil(file);
+        let cut = MappedCut::live(state, sealed, self.layer.clone());
+        Ok(LiveCut { cut, last, estimate })
+    }
+
+    /// Sets what copying a page takes, in place of what was measured.
+    #[cfg(test)]
+    pub(crate) fn set_pace(&mut self, page: Duration) {
+        self.pace.page = Some(page);
+    }
+}
+
+impl Drop for Precopy<'_> {
+    fn drop(&mut self) {
+        self.attempt.undo(&self.space.state.read());
+    }
+}
+
+impl Attempt {
+    /// Unless its cut was committed, lifts the protections that it made, so that the pages count as written again; if that cannot
+    /// be, all there are.
+    fn undo(&self, state: &State) {
+        let mut slot = state.tracker.lock();
+        let Some(tracker) = slot.as_mut() else { return };
+        if tracker.attempt.take().is_none() {
+            return;
+        }
+        let lift = |tracker: &Tracker| -> Result<(), UffdError> {
+            // Part of the mapping may have been mapped anew.
+            tracker.uffd.register(&state.mapping)?;
+            Ok(self.protected.runs().try_for_each(|run| tracker.uffd.unprotect(&state.mapping, run))?)
+        };
+        match self.tracker {
+            Before::Nothing => *slot = None,
+            Before::Kept => {
+                if let Err(error) = lift(tracker) {
+                    tracing::debug!(%error, "write protection is lifted altogether: the next fork copies every private page");
+                    *slot = None;
+                }
+            }
+        }
+    }
+}
