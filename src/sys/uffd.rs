@@ -171,3 +171,147 @@ fn range_of(mapping: &Mapping, pages: PageRange) -> Result<Range, SysError> {
     let (base, len) = mapping.span(pages)?;
     Ok(Range { start: base.addr() as u64, len: len as u64 })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::{ByteOffset, ByteSize, PageIndex, PageSet};
+    use crate::sys::fault::plan;
+    use crate::sys::mapping::{PAGE, Placement, Populate};
+    use crate::sys::memfd::{Memfd, SealedMemfd};
+    use crate::sys::pagemap::{Pagemap, ScanMethod};
+
+    const LEN: ByteSize = ByteSize::mib(8);
+
+    fn pages(start: u64, end: u64) -> PageRange {
+        PageRange::from_bounds(PageIndex::new(start), PageIndex::new(end))
+    }
+
+    fn set(pages: &[u64]) -> PageSet {
+        pages.iter().copied().map(PageIndex::new).collect()
+    }
+
+    fn sealed() -> SealedMemfd {
+        let file = Memfd::create("offshoot-test", LEN).unwrap();
+        file.write_at(ByteOffset::ZERO, &vec![1; LEN.get() as usize]).unwrap();
+        file.seal_all().unwrap()
+    }
+
+    fn watched(file: &SealedMemfd) -> (Mapping, Uffd, Pagemap) {
+        let mapping = Mapping::map_private(file, LEN, Placement::Anywhere).unwrap();
+        let uffd = Uffd::open().unwrap();
+        uffd.register(&mapping).unwrap();
+        (mapping, uffd, Pagemap::open().unwrap())
+    }
+
+    fn touch(mapping: &Mapping, pages: &[u64]) {
+        pages.iter().for_each(|&page| mapping.store::<u8>(PAGE.start_of(PageIndex::new(page)), 9).unwrap());
+    }
+
+    /// One round: finds, protects, and agrees with the scan that protects nothing.
+    fn round(mapping: &Mapping, pagemap: &Pagemap) -> PageSet {
+        let written = pagemap.written(mapping, mapping.geometry().all()).unwrap();
+        let found = pagemap.protect(mapping, &pagemap.candidates(mapping).unwrap()).unwrap();
+        assert_eq!(found, written);
+        assert!(pagemap.written(mapping, mapping.geometry().all()).unwrap().is_empty());
+        found
+    }
+
+    #[test]
+    fn rounds_find_what_was_written_since_the_last() {
+        let file = sealed();
+        let (mapping, _uffd, pagemap) = watched(&file);
+        assert_eq!(round(&mapping, &pagemap), set(&[]));
+        mapping.populate(pages(0, 1000), Populate::Read).unwrap();
+        touch(&mapping, &[1, 2, 3, 700, 2047]);
+        assert_eq!(round(&mapping, &pagemap), set(&[1, 2, 3, 700, 2047]));
+        assert_eq!(round(&mapping, &pagemap), set(&[]));
+        touch(&mapping, &[2, 5, 1500]);
+        assert_eq!(round(&mapping, &pagemap), set(&[2, 5, 1500]));
+        // Many runs, in page tables full and sparse.
+        let many: Vec<_> = (0..2048).step_by(2).collect();
+        touch(&mapping, &many);
+        assert_eq!(round(&mapping, &pagemap), set(&many));
+    }
+
+    #[test]
+    fn the_kernels_own_writes_are_seen() {
+        let file = sealed();
+        let (mapping, _uffd, pagemap) = watched(&file);
+        touch(&mapping, &[4, 5]);
+        round(&mapping, &pagemap);
+        // preadv(2): the kernel writes the pages, in kernel mode.
+        file.read_into(&mapping, pages(5, 7)).unwrap();
+        assert_eq!(round(&mapping, &pagemap), set(&[5, 6]));
+    }
+
+    #[test]
+    fn lifted_pages_count_as_written() {
+        let file = sealed();
+        let (mapping, uffd, pagemap) = watched(&file);
+        touch(&mapping, &[4, 5, 6, 9]);
+        round(&mapping, &pagemap);
+        uffd.unprotect(&mapping, pages(5, 7)).unwrap();
+        assert_eq!(round(&mapping, &pagemap), set(&[5, 6]));
+        assert!(matches!(uffd.unprotect(&mapping, pages(2047, 2049)), Err(SysError::Range(_))));
+        drop(uffd);
+        // Closed: nothing is protected.
+        let all = mapping.geometry().all();
+        assert_eq!(pagemap.written(&mapping, all).unwrap(), set(&[4, 5, 6, 9]));
+        assert_eq!(pagemap.scan(&mapping, all, ScanMethod::Best).unwrap(), set(&[4, 5, 6, 9]));
+    }
+
+    #[test]
+    fn what_is_mapped_anew_must_be_registered_again() {
+        let file = sealed();
+        let (mut mapping, uffd, pagemap) = watched(&file);
+        touch(&mapping, &[4, 5, 6]);
+        round(&mapping, &pagemap);
+        mapping.overlay_extent(pages(5, 8), &file).unwrap();
+        touch(&mapping, &[7]);
+        assert_eq!(pagemap.written(&mapping, mapping.geometry().all()).unwrap(), set(&[7]));
+        assert!(pagemap.protect(&mapping, &pagemap.candidates(&mapping).unwrap()).is_err());
+        uffd.register(&mapping).unwrap();
+        assert_eq!(round(&mapping, &pagemap), set(&[7]));
+    }
+
+    /// Why a space that drops protected pages must not go on with its tracker.
+    #[test]
+    fn a_protected_page_that_is_dropped_leaves_a_marker_until_the_end() {
+        let file = sealed();
+        let (mapping, uffd, pagemap) = watched(&file);
+        touch(&mapping, &[4]);
+        round(&mapping, &pagemap);
+        mapping.discard_private(pages(0, 10)).unwrap();
+        assert_eq!(mapping.load::<u8>(PAGE.start_of(PageIndex::new(4))).unwrap(), 1);
+        assert_eq!(round(&mapping, &pagemap), set(&[]));
+        drop(uffd);
+        assert!(pagemap.count(&mapping, mapping.geometry().all(), ScanMethod::Best).unwrap().is_zero());
+    }
+
+    #[test]
+    fn only_one_may_watch_and_only_private_views() {
+        let file = sealed();
+        let (mapping, uffd, _) = watched(&file);
+        assert!(matches!(Uffd::open().unwrap().register(&mapping), Err(UffdError::Taken)));
+        let shared = Memfd::create("offshoot-test", LEN).unwrap();
+        let view = Mapping::map_shared(&shared, LEN).unwrap();
+        assert!(matches!(uffd.register(&view), Err(UffdError::Sys(SysError::Misuse(_)))));
+    }
+
+    #[test]
+    fn refusals_have_meanings() {
+        let open = |n, errno| {
+            let _plan = plan::arm(n, errno);
+            Uffd::open()
+        };
+        for n in [1, 2] {
+            assert!(matches!(open(n, Errno::NOSYS), Err(UffdError::Unsupported)));
+            assert!(matches!(open(n, Errno::INVAL), Err(UffdError::Unsupported)));
+            assert!(open(n, Errno::INTR).is_ok());
+        }
+        assert!(matches!(open(1, Errno::PERM), Err(UffdError::NotPermitted)));
+        let none = UffdError::Sys(SysError::OutOfDescriptors { call: Call::Userfaultfd, errno: Errno::MFILE });
+        assert_eq!(open(1, Errno::MFILE).unwrap_err().to_string(), none.to_string());
+    }
+}

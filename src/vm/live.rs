@@ -217,3 +217,6 @@ fn fallback(why: &UffdError) -> Fallback {
         UffdError::Unsupported | UffdError::Sys(_) => Fallback::Kernel,
     }
 }
+
+#[cfg(test)]
+mod tests;

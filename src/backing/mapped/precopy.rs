@@ -367,6 +367,8 @@ impl Mapped {
     }
 }
 
+const USED: SysError = SysError::Misuse("a pre-copy was used after its cut");
+
 fn misuse(what: &'static str) -> SpaceError {
     SysError::Misuse(what).into()
 }
@@ -398,6 +400,8 @@ impl<'a> Precopy<'a> {
                 })?;
             }
             for range in fresh {
+                // What was copied of it must not show through if it is named in this layer again.
+                self.punch(state, range)?;
                 state.name_shown(range, &mut self.index);
                 self.copied = self.copied.difference(&one_run(range));
             }
@@ -466,22 +470,32 @@ impl<'a> Precopy<'a> {
     }
 
     fn copy_run(&mut self, state: &State, run: PageRange) -> Result<(), SpaceError> {
-        let Some(file) = &self.file else { return Err(misuse("a pre-copy was used after its cut")) };
-        let copied = copy_run(file, state.geometry(), &state.mapping, run)?;
-        for page in copied.holes.pages() {
-            // What an earlier round wrote there is still in the file.
-            if let PageState::Data(Spot { layer, content: Content::Data }) = self.index.get(page)
-                && Arc::ptr_eq(layer, &self.layer)
-            {
-                file.punch(host_pages(state.geometry(), PageRange::one(page)))?;
-            }
-        }
+        let copied = copy_run(self.file()?, state.geometry(), &state.mapping, run)?;
+        // What an earlier round wrote there is still in the file.
+        copied.holes.runs().try_for_each(|run| self.punch(state, run))?;
         for (pages, content) in [(&copied.data, Content::Data), (&copied.holes, Content::Hole)] {
             let named = PageState::Data(Spot { layer: self.layer.clone(), content });
             for run in pages.runs() {
                 if !run.iter().all(|page| self.index.get(page).same(named.as_ref())) {
                     self.index.set(run, &named);
                 }
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&self) -> Result<&Memfd, SpaceError> {
+        Ok(self.file.as_ref().ok_or(USED)?)
+    }
+
+    /// Makes holes of what the new layer holds as data in `range`.
+    fn punch(&self, state: &State, range: PageRange) -> Result<(), SpaceError> {
+        let file = self.file()?;
+        for (run, spot) in self.index.runs(range) {
+            if let PageState::Data(Spot { layer, content: Content::Data }) = spot
+                && Arc::ptr_eq(layer, &self.layer)
+            {
+                file.punch(host_pages(state.geometry(), run))?;
             }
         }
         Ok(())
@@ -512,7 +526,7 @@ impl<'a> Precopy<'a> {
         }
         let last = self.copied_all(found, copying);
         let sealed = state.origin.child(self.index.clone())?;
-        let Some(file) = self.file.take() else { return Err(misuse("a pre-copy was used after its cut").into()) };
+        let file = self.file.take().ok_or(USED)?;
         // Enough to keep everybody out; the seal that walks the file's pages is set when the guest runs again.
         let file = file.seal_future_write().map_err(|failed| super::layer::seal_error(failed.error))?;
         self.layer.fulfil(file);
