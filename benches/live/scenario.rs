@@ -169,7 +169,9 @@ pub fn run() {
     let runs = std::env::args().filter_map(|arg| arg.parse().ok()).next().unwrap_or(100);
     let live: Fork = |vm, guest| vm.fork_live(guest, &LivePolicy::default()).unwrap();
     let stop: Fork = |vm, guest| vm.fork(guest).unwrap();
-    for (name, spread) in [("together", Spread::Together), ("every 8th", Spread::Every(8)), ("every 24th", Spread::Every(24))] {
+    for (name, spread) in
+        [("together", Spread::Together), ("every 8th", Spread::Every(8)), ("every 24th", Spread::Every(24))]
+    {
         measure(&format!("stop and copy, 30 MiB {name}"), stop, Some(spread), RATE, runs);
         measure(&format!("live, 30 MiB {name}"), live, Some(spread), RATE, runs);
     }

@@ -100,9 +100,8 @@ impl Uffd {
     /// # Errors
     /// [`UffdError`], but for `Taken`.
     pub(crate) fn open() -> Result<Self, UffdError> {
-        let flags = UserfaultfdFlags::CLOEXEC
-            | UserfaultfdFlags::NONBLOCK
-            | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+        let flags =
+            UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
         let fd = checked_errno(Call::Userfaultfd, || {
             // SAFETY: a descriptor that no range is registered with changes nothing; `register` says what changes then.
             unsafe { rustix::mm::userfaultfd(flags) }

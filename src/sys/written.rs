@@ -37,15 +37,11 @@ const NOT_PROTECTED: Question =
     Question { flags: 0, inverted: 0, all_of: PAGE_IS_WRITTEN, any_of: 0, answer: PAGE_IS_WRITTEN };
 
 /// Not protected, and there.
-const PRESENT_NOT_PROTECTED: Question =
-    Question { any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED, ..NOT_PROTECTED };
+const PRESENT_NOT_PROTECTED: Question = Question { any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED, ..NOT_PROTECTED };
 
 /// The same, protecting what it names, and telling pages of files from private ones.
-const PROTECT: Question = Question {
-    flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-    answer: PAGE_IS_FILE,
-    ..PRESENT_NOT_PROTECTED
-};
+const PROTECT: Question =
+    Question { flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, answer: PAGE_IS_FILE, ..PRESENT_NOT_PROTECTED };
 
 /// Protected pages between two candidates that are asked about along with them: about what a call costs.
 const CHEAP_GAP: PageCount = PageCount::new(8);

@@ -156,9 +156,7 @@ impl Vm<Mapped> {
         self.cut_all(guest, Afterwards::RunOn, &mut started, || {
             let Some(precopy) = &mut precopy else { return Ok(RamCut { cut: space.cut()?, precopy: Some(report) }) };
             let live = precopy.cut(policy.bound()).map_err(|no| match no {
-                NoCut::TooLong(estimate, pages) => {
-                    ForkError::PauseTooLong { estimate, limit: policy.max_pause, pages }
-                }
+                NoCut::TooLong(estimate, pages) => ForkError::PauseTooLong { estimate, limit: policy.max_pause, pages },
                 NoCut::Space(error) => error.into(),
             })?;
             report.last = self.account(live.last);

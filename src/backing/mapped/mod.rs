@@ -32,8 +32,8 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use self::precopy::Tracker;
 use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
+use self::precopy::Tracker;
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Sealed, Tree};
 use crate::account::Usage;
@@ -240,7 +240,17 @@ impl Mapped {
 
     fn with(origin: MappedImage, mapping: Mapping, view: View) -> Self {
         let shown = origin.index().clone();
-        Self { state: RwLock::new(State { origin, mapping, view, shown, table_bytes: 0, tracker: Mutex::new(None), lost: None }) }
+        Self {
+            state: RwLock::new(State {
+                origin,
+                mapping,
+                view,
+                shown,
+                table_bytes: 0,
+                tracker: Mutex::new(None),
+                lost: None,
+            }),
+        }
     }
 
     fn shared(&self) -> Result<RwLockReadGuard<'_, State>, SpaceError> {

@@ -364,8 +364,7 @@ fn without_write_protection_it_falls_back_and_says_so() {
         // The bound holds there as well.
         store(&vm, 1, 2);
         let guard = plan::arm(1, errno);
-        let none =
-            LivePolicy { max_pause: Duration::ZERO, on_exceeded: OnExceeded::GiveUp, ..LivePolicy::default() };
+        let none = LivePolicy { max_pause: Duration::ZERO, on_exceeded: OnExceeded::GiveUp, ..LivePolicy::default() };
         assert!(matches!(vm.fork_live(&mut rest(), &none), Err(ForkError::PauseTooLong { .. })));
         drop(guard);
         vm.validate().unwrap();
