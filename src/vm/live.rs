@@ -93,7 +93,7 @@ impl Vm<Mapped> {
     /// the guest's mappings of protected pages are faulted in again.
     ///
     /// The pages stay private to the VM, with the same bytes: it holds them beside the fork point, at most once each, and the next live
-    /// fork copies only what was written since this one. [`Vm::fork`] and [`Vm::reset`] give that memory back.
+    /// fork copies only what was written since this one. [`Vm::fork`] gives that memory back.
     ///
     /// Needs Linux 6.7 and leave to call userfaultfd(2), but no privilege. Without, everything is copied inside the pause, a warning is
     /// logged and [`PrecopyTimings::fallback`] tells why.

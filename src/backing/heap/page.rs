@@ -7,7 +7,8 @@
 //! Must not know where a page is kept or who owns it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use crate::account::Charge;
 use crate::page::PageSize;
@@ -18,6 +19,9 @@ pub(super) const WORD: usize = size_of::<u64>();
 pub trait PageBody: Send + Sync + fmt::Debug + 'static {
     /// Whether pages of this size can be kept this way.
     fn supports(size: PageSize) -> bool;
+
+    /// The binary logarithm of the page size: a constant where only one size can be kept, which a random read is measurably faster for.
+    fn shift(size: PageSize) -> u32;
 
     /// A page made of the words that `word` gives for each index.
     fn build(size: PageSize, word: impl FnMut(usize) -> u64) -> Self;
@@ -51,6 +55,11 @@ impl PageBody for Page4K {
         size == PageSize::KIB_4
     }
 
+    #[inline]
+    fn shift(_: PageSize) -> u32 {
+        PageSize::KIB_4.shift()
+    }
+
     fn build(_: PageSize, mut word: impl FnMut(usize) -> u64) -> Self {
         Self(std::array::from_fn(|at| AtomicU64::new(word(at))))
     }
@@ -64,6 +73,11 @@ impl PageBody for Page4K {
 impl PageBody for AnyPage {
     fn supports(_: PageSize) -> bool {
         true
+    }
+
+    #[inline]
+    fn shift(size: PageSize) -> u32 {
+        size.shift()
     }
 
     fn build(size: PageSize, mut word: impl FnMut(usize) -> u64) -> Self {
@@ -142,6 +156,26 @@ impl<B: PageBody> Page<B> {
         }
         if !tail.is_empty() {
             merge(&words[word + whole.len()], 0, tail);
+        }
+    }
+
+    /// Exchanges bytes within one word if they are `expected`; what they were, at the front of the result.
+    pub(super) fn compare_exchange(&self, at: usize, expected: &[u8], new: &[u8]) -> [u8; WORD] {
+        let (word, skip) = (&self.body.words()[at / WORD], at % WORD);
+        let part = skip..skip + expected.len();
+        let mut now = word.load(SeqCst);
+        loop {
+            let mut bytes = now.to_ne_bytes();
+            let mut held = [0; WORD];
+            held[..expected.len()].copy_from_slice(&bytes[part.clone()]);
+            if bytes[part.clone()] != *expected {
+                return held;
+            }
+            bytes[part.clone()].copy_from_slice(new);
+            match word.compare_exchange_weak(now, u64::from_ne_bytes(bytes), SeqCst, SeqCst) {
+                Ok(_) => return held,
+                Err(seen) => now = seen,
+            }
         }
     }
 

@@ -9,6 +9,7 @@
 //! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
 //! private, which shows the same bytes and only costs memory.
 
+use std::collections::HashMap;
 use std::mem::replace;
 use std::sync::Arc;
 
@@ -20,13 +21,13 @@ use super::{MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
 use crate::error::SpaceError;
 use crate::overlay::{Index, PageState};
-use crate::page::{Geometry, PageCount, PageIndex, PageRange, PageSet};
+use crate::page::{ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSet};
 use crate::sys::freeze::{MovedAside, Restored};
 use crate::sys::memfd::{FinalSeal, SealFailed};
 
-/// Clean pages between two dirty runs that are copied along rather than mapped apart: a mapping costs every clone about as much time as
-/// copying a page costs once.
-const CHEAP_GAP: PageCount = PageCount::new(1);
+/// Bytes of clean pages between two dirty runs that are copied along rather than mapped apart: a mapping costs every clone about as
+/// much time as copying this costs once.
+const CHEAP_GAP: ByteSize = ByteSize::kib(4);
 
 /// A cut of mapped RAM; holds the space until it is committed or dropped.
 pub struct MappedCut<'a> {
@@ -49,6 +50,8 @@ enum Step {
 impl<'a> MappedCut<'a> {
     pub(super) fn begin(mut state: RwLockWriteGuard<'a, State>) -> Result<Self, SpaceError> {
         if matches!(state.view, View::Shared(_)) {
+            // Refused before the file is sealed, which cannot be undone.
+            state.origin.check_depth()?;
             let layer = seal_own_file(&mut state)?;
             let spot = Spot { layer: layer.clone(), content: Content::Data };
             let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
@@ -97,48 +100,93 @@ fn seal_own_file(state: &mut State) -> Result<Arc<Layer>, SpaceError> {
     }
 }
 
-/// Pages for a new layer over `index`: those in `pages`, and as many between them as the limit on mappings demands. With it, the
-/// mappings that a clone will need.
-pub(super) fn within_mappings(
-    index: &Index<Spot>,
-    geometry: Geometry,
-    pages: &PageSet,
-    limit: u64,
-) -> Result<(PageSet, u64), SpaceError> {
-    let mut gap = CHEAP_GAP;
-    loop {
-        let runs = pages.closing_gaps(gap);
-        let needed = mappings_with(index, geometry.all(), &runs);
-        if needed <= limit {
-            return Ok((runs, needed));
-        }
-        if runs.runs().len() <= 1 {
-            return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
-        }
-        gap = gap.saturating_add(gap);
-    }
-}
-
 /// Copies pages into a new layer and names it in `index`, within the limit on mappings.
 fn copy_written(state: &State, written: &PageSet, index: &mut Index<Spot>) -> Result<(), SpaceError> {
     let geometry = state.geometry();
-    let limit = state.origin.tree().limits().mappings_per_vm;
-    let (runs, _) = within_mappings(index, geometry, written, limit)?;
+    let (pages, _) = pages_to_copy(index, geometry, written, state.origin.tree().limits().mappings_per_vm)?;
     let mut builder = LayerBuilder::new(state.origin.tree(), geometry)?;
-    for run in runs.runs() {
-        builder.copy_from(&state.mapping, run)?;
+    for run in pages.runs() {
+        for (piece, below) in index.runs(run) {
+            // Known to be zeroes. Looking would make the kernel allocate the page.
+            let hole = matches!(below, PageState::Data(Spot { content: Content::Hole, .. }));
+            if !hole {
+                builder.copy_from(&state.mapping, piece)?;
+                continue;
+            }
+            for page in piece.iter() {
+                let page_alone = PageRange::one(page);
+                if written.contains(page) {
+                    builder.copy_from(&state.mapping, page_alone)?;
+                } else {
+                    builder.leave_out(page_alone);
+                }
+            }
+        }
     }
     builder.finish()?.name_in(index);
     Ok(())
 }
 
+/// The pages that a new layer over `index` is to hold so that a clone stays within the limit on mappings: `pages` with small gaps
+/// closed, or else whichever is less of them with larger gaps closed, and of those with all that lies on smaller layers. With it, the
+/// mappings that a clone will need.
+pub(super) fn pages_to_copy(
+    index: &Index<Spot>,
+    geometry: Geometry,
+    pages: &PageSet,
+    limit: u64,
+) -> Result<(PageSet, u64), SpaceError> {
+    let all = geometry.all();
+    let near = pages.closing_gaps(PageCount::new(CHEAP_GAP.get() >> geometry.page_size().shift()));
+    let needed = mappings_with(index, all, &near);
+    if needed <= limit {
+        return Ok((near, needed));
+    }
+    let in_pieces = pages.union(&on_smaller_layers(index, all));
+    let ways = [near, in_pieces].map(|pages| closed_to_fit(index, all, pages, limit));
+    let least = ways.into_iter().flatten().min_by_key(|(pages, _)| pages.count());
+    least.ok_or(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" })
+}
+
+/// The set with gaps closed until a clone fits the limit, and the mappings that it then needs; `None` if it never does.
+fn closed_to_fit(index: &Index<Spot>, all: PageRange, mut pages: PageSet, limit: u64) -> Option<(PageSet, u64)> {
+    let mut gap = PageCount::new(1);
+    loop {
+        let needed = mappings_with(index, all, &pages);
+        if needed <= limit {
+            return Some((pages, needed));
+        }
+        if pages.runs().len() <= 1 {
+            return None;
+        }
+        pages = pages.closing_gaps(gap);
+        gap = gap.saturating_add(gap);
+    }
+}
+
+/// Every page that does not lie on the layer which most pages lie on.
+fn on_smaller_layers(shown: &Index<Spot>, all: PageRange) -> PageSet {
+    let runs = layer_runs(shown, all);
+    let mut sizes: HashMap<*const Layer, u64> = HashMap::new();
+    for (run, layer) in &runs {
+        *sizes.entry(Arc::as_ptr(layer)).or_default() += run.count().get();
+    }
+    let largest = sizes.into_iter().max_by_key(|(_, pages)| *pages).map(|(layer, _)| layer);
+    let mut smaller = PageSet::new();
+    for (run, layer) in runs {
+        if Some(Arc::as_ptr(&layer)) != largest {
+            smaller.push(run);
+        }
+    }
+    smaller
+}
+
 /// Kernel mappings of a clone of `shown` with `over` laid on it: runs of one layer.
 fn mappings_with(shown: &Index<Spot>, all: PageRange, over: &PageSet) -> u64 {
-    let mut below = layer_runs(shown, all).into_iter().map(|(run, _)| run).peekable();
     let mut count = over.runs().len() as u64;
     // A run below counts once for every piece of it that stays in sight.
     let mut above = over.runs().peekable();
-    while let Some(run) = below.next() {
+    for (run, _) in layer_runs(shown, all) {
         let mut at = run.start();
         loop {
             while above.peek().is_some_and(|over| over.end() <= at) {
@@ -259,7 +307,7 @@ fn keep_private(state: &mut State, layer: Arc<Layer>) {
 mod tests {
     use super::*;
     use crate::Tree;
-    use crate::page::{ByteSize, PageSize};
+    use crate::page::PageSize;
     use crate::sys::memfd::Memfd;
 
     #[test]

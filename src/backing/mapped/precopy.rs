@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Nothing is laid over the pages at the commit, which would cost 1.6 µs a run inside the pause: they stay private, protected,
-//! with the new origin's bytes. The price is memory, at most once a page; a plain fork or a reset lays the layers and gives it back.
+//! with the new origin's bytes. The price is memory, at most once a page; a plain fork lays the layers and gives it back.
 //!
 //! **The tracker may be forgotten at any time.** Without it every private page counts as written and is copied again: more work, same
 //! bytes. So whatever goes wrong, dropping it is the way out. What must never be is a page that is protected without being copied: an
@@ -24,7 +24,7 @@ use std::mem::take;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cut::within_mappings;
+use super::cut::pages_to_copy;
 use super::layer::{Content, Layer, Spot, copy_run, host_pages, space_pages};
 use super::{Mapped, MappedCut, MappedImage, State, View};
 use crate::backing::Sealed;
@@ -37,7 +37,7 @@ use crate::sys::memfd::Memfd;
 use crate::sys::uffd::{Uffd, UffdError};
 
 /// Pages copied with the space's lock held once.
-const BATCH: u64 = 256;
+const BATCH: usize = 256;
 
 /// What a page takes to copy before any was measured: with memory that the host must find and clear first.
 const COLD_COPY: Duration = Duration::from_micros(4);
@@ -125,16 +125,25 @@ impl State {
         }
     }
 
-    /// Before a reset: how many pages it will undo, if that is known without it.
-    pub(super) fn begin_reset(&mut self) -> Result<Option<PageCount>, SpaceError> {
-        match self.tracker.get_mut() {
-            Some(tracker) if tracker.idle() => Ok(Some(self.dirty()?.count())),
+    /// Before a reset of all or of the pages listed: what it will undo, if that is known without it.
+    pub(super) fn begin_reset(&mut self, listed: Option<&PageSet>) -> Result<Option<PageSet>, SpaceError> {
+        match (self.tracker.get_mut(), listed) {
+            (Some(tracker), Some(listed)) if tracker.idle() => Ok(Some(tracker.zeroed.union(listed))),
+            (Some(tracker), None) if tracker.idle() => Ok(Some(self.dirty()?)),
             // Pages of the attempt's that are protected and dropped would leave markers behind. It finds itself gone.
-            _ => {
-                *self.tracker.get_mut() = None;
+            (slot, _) => {
+                *slot = None;
                 Ok(None)
             }
         }
+    }
+
+    /// Which of the pages that show another layer than the origin's a reset lays: those it undoes, or all, where laying some would take
+    /// more mappings than there are.
+    pub(super) fn to_lay(&self, all: &PageSet, undone: &PageSet) -> PageSet {
+        let some = all.difference(&all.difference(undone));
+        let needed = self.mapping.kernel_mappings().saturating_add(2 * some.runs().len() as u64);
+        if needed <= self.origin.tree().limits().mappings_per_vm { some } else { all.clone() }
     }
 
     pub(super) fn reset_done(&mut self) {
@@ -273,14 +282,16 @@ impl Pace {
 
 /// Pages that a round found, protected and still to be copied.
 pub(crate) struct Found {
-    pages: PageSet,
+    written: PageSet,
+    /// To be copied along.
+    gaps: PageSet,
     scan: Duration,
 }
 
 impl Found {
     /// How many there are.
     pub(crate) fn count(&self) -> PageCount {
-        self.pages.count()
+        self.written.count().saturating_add(self.gaps.count())
     }
 }
 
@@ -334,7 +345,7 @@ impl Mapped {
             return Ok(Begun::NothingToCopy);
         }
         // Refused now rather than after all the work.
-        drop(state.origin.child(state.shown.clone())?);
+        state.origin.check_depth()?;
         let before = match state.watch() {
             Ok(before) => before,
             Err(UffdError::Sys(error)) => return Err(error.into()),
@@ -365,6 +376,15 @@ impl Mapped {
             attempt,
         }))
     }
+}
+
+/// A run in pieces of at most [`BATCH`] pages.
+fn in_batches(run: PageRange) -> impl Iterator<Item = PageRange> {
+    let (start, end) = (run.start().get(), run.end().get());
+    (start..end).step_by(BATCH).map(move |at| {
+        let to = at.saturating_add(BATCH as u64).min(end);
+        PageRange::from_bounds(PageIndex::new(at), PageIndex::new(to))
+    })
 }
 
 const USED: SysError = SysError::Misuse("a pre-copy was used after its cut");
@@ -416,31 +436,27 @@ impl<'a> Precopy<'a> {
         attempt.protected = attempt.protected.union(&protected);
         self.pace.scan = scan;
         let written = space_pages(state.geometry(), &protected);
-        let pages = self.within_mappings(state, written, meanwhile)?;
-        Ok(Found { pages, scan: start.elapsed() })
+        let gaps = self.gaps(state, &written, meanwhile)?;
+        Ok(Found { written, gaps, scan: start.elapsed() })
     }
 
-    /// What is to be copied: the written pages, and those between that must go along for want of mappings.
-    fn within_mappings(
-        &mut self,
-        state: &State,
-        written: PageSet,
-        meanwhile: Meanwhile,
-    ) -> Result<PageSet, SpaceError> {
+    /// The pages between written ones that go along so that clones stay within the limit on mappings.
+    fn gaps(&mut self, state: &State, written: &PageSet, meanwhile: Meanwhile) -> Result<PageSet, SpaceError> {
         let limit = state.origin.tree().limits().mappings_per_vm;
         let new = written.difference(&self.copied);
         if new.is_empty() {
-            return Ok(written);
+            return Ok(PageSet::new());
         }
         // In the pause only if it must be: a run adds two mappings at most, and counting them all takes long.
         let most = self.mappings.saturating_add(2 * new.runs().len() as u64);
         if meanwhile == Meanwhile::Paused && self.mappings > 0 && most <= limit {
             self.mappings = most;
-            return Ok(written);
+            return Ok(PageSet::new());
         }
-        let (all, needed) = within_mappings(&self.index, state.geometry(), &self.copied.union(&written), limit)?;
+        let copied = self.copied.union(written);
+        let (all, needed) = pages_to_copy(&self.index, state.geometry(), &copied, limit)?;
         self.mappings = needed;
-        Ok(written.union(&all.difference(&self.copied)))
+        Ok(all.difference(&copied))
     }
 
     /// Copies what was found.
@@ -449,22 +465,21 @@ impl<'a> Precopy<'a> {
     /// What the system refuses.
     pub(crate) fn copy(&mut self, found: Found) -> Result<Round, SpaceError> {
         let start = Instant::now();
-        for run in found.pages.runs() {
-            let mut at = run.start();
-            while at < run.end() {
-                let end = PageIndex::new(at.get().saturating_add(BATCH).min(run.end().get()));
-                // Held no longer, so that whoever wants the space to himself need not wait for all pages.
-                let state = self.space.shared()?;
-                self.copy_run(&state, PageRange::from_bounds(at, end))?;
-                at = end;
-            }
+        for run in found.written.runs().flat_map(in_batches) {
+            // Held no longer, so that whoever wants the space to himself need not wait for all pages.
+            let state = self.space.shared()?;
+            self.copy_run(&state, run)?;
+        }
+        for run in found.gaps.runs().flat_map(in_batches) {
+            let state = self.space.shared()?;
+            self.copy_gap(&state, run)?;
         }
         Ok(self.copied_all(found, start))
     }
 
     fn copied_all(&mut self, found: Found, start: Instant) -> Round {
-        self.copied = self.copied.union(&found.pages);
-        let round = Round { pages: found.pages.count(), scan: found.scan, copy: start.elapsed() };
+        self.copied = self.copied.union(&found.written).union(&found.gaps);
+        let round = Round { pages: found.count(), scan: found.scan, copy: start.elapsed() };
         self.pace.note(round);
         round
     }
@@ -473,15 +488,29 @@ impl<'a> Precopy<'a> {
         let copied = copy_run(self.file()?, state.geometry(), &state.mapping, run)?;
         // What an earlier round wrote there is still in the file.
         copied.holes.runs().try_for_each(|run| self.punch(state, run))?;
-        for (pages, content) in [(&copied.data, Content::Data), (&copied.holes, Content::Hole)] {
-            let named = PageState::Data(Spot { layer: self.layer.clone(), content });
-            for run in pages.runs() {
-                if !run.iter().all(|page| self.index.get(page).same(named.as_ref())) {
-                    self.index.set(run, &named);
-                }
+        copied.data.runs().for_each(|run| self.name(run, Content::Data));
+        copied.holes.runs().for_each(|run| self.name(run, Content::Hole));
+        Ok(())
+    }
+
+    /// Copies pages that were not written: what they hold is what the index says. Written since, they are found by the next look.
+    fn copy_gap(&mut self, state: &State, run: PageRange) -> Result<(), SpaceError> {
+        let pieces: Vec<_> = self.index.runs(run).into_iter().map(|(piece, below)| (piece, below.cloned())).collect();
+        for (piece, below) in pieces {
+            match below {
+                // Looking would make the kernel allocate the pages.
+                PageState::Data(Spot { content: Content::Hole, .. }) => self.name(piece, Content::Hole),
+                _ => self.copy_run(state, piece)?,
             }
         }
         Ok(())
+    }
+
+    fn name(&mut self, run: PageRange, content: Content) {
+        let named = PageState::Data(Spot { layer: self.layer.clone(), content });
+        if !run.iter().all(|page| self.index.get(page).same(named.as_ref())) {
+            self.index.set(run, &named);
+        }
     }
 
     fn file(&self) -> Result<&Memfd, SpaceError> {
@@ -521,9 +550,8 @@ impl<'a> Precopy<'a> {
             return Err(NoCut::TooLong(estimate, found.count()));
         }
         let copying = Instant::now();
-        for run in found.pages.runs() {
-            self.copy_run(&state, run)?;
-        }
+        found.written.runs().try_for_each(|run| self.copy_run(&state, run))?;
+        found.gaps.runs().try_for_each(|run| self.copy_gap(&state, run))?;
         let last = self.copied_all(found, copying);
         let sealed = state.origin.child(self.index.clone())?;
         let file = self.file.take().ok_or(USED)?;
