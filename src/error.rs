@@ -54,6 +54,17 @@ pub enum SpaceError {
         /// How long the call waited.
         waited: Duration,
     },
+    /// The addresses that RAM was to go to are taken.
+    #[error("something else of this process is mapped in the hole that RAM was to go to: take another hole")]
+    HoleTaken,
+    /// The hole is not as long as the space.
+    #[error("a hole of {hole} cannot take a space of {space}: pick one of the space's length")]
+    HoleLength {
+        /// The length of the hole.
+        hole: ByteSize,
+        /// The length of the space.
+        space: ByteSize,
+    },
     /// The image below failed.
     #[error(transparent)]
     Image(#[from] ImageError),

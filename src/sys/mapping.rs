@@ -88,7 +88,7 @@ pub(crate) struct Mapping {
 }
 
 /// Part of a mapping's addresses, which stay mapped while this lives: for those who hold host pointers, such as memory slots.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct KeptRange {
     base: NonNull<u8>,
     len: ByteSize,
@@ -105,6 +105,17 @@ impl KeptRange {
     /// Length in bytes.
     pub(crate) fn len(&self) -> ByteSize {
         self.len
+    }
+
+    /// Part of it.
+    ///
+    /// # Errors
+    /// Out of range.
+    pub(crate) fn part(&self, at: ByteOffset, len: ByteSize) -> Result<Self, GeometryError> {
+        Geometry::new(self.len, PAGE)?.check(at, len)?;
+        // SAFETY: checked to lie in the range, which stays mapped.
+        let base = unsafe { self.base.add(at.get() as usize) };
+        Ok(Self { base, len, range: self.range.clone() })
     }
 }
 

@@ -6,10 +6,11 @@
 //! 3. *flush*: disks make their metadata durable.
 //! 4. *cut*: each space is locked and sealed; nobody can write any of them until all are, so the cut is one instant for the engine
 //!    whatever the embedder's pause was worth.
-//! 5. *commit*: cannot fail. The fork point exists.
-//! 6. *resume*: the guest runs on, over fresh overlays. What was put off is torn down after it.
+//! 5. *move*, if RAM goes on elsewhere: the embedder takes its guest there ([`relocate`](super::relocate)).
+//! 6. *commit*: cannot fail. The fork point exists.
+//! 7. *resume*: the guest runs on, over fresh overlays. What was put off is torn down after it.
 //!
-//! Must not know what the spaces are made of.
+//! Where RAM goes on is a [`Route`]; everything else is the same for all of them. Must not know what the spaces are made of.
 
 use tracing::debug_span;
 
@@ -17,10 +18,11 @@ use super::timings::Stopwatch;
 use super::{
     BoxError, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
 };
-use crate::backing::{Backing, Cut};
+use crate::backing::{Backing, Cut, Deferred};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
 use crate::page::ByteSize;
+use crate::ram::Ram;
 
 /// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +45,12 @@ pub enum ForkError {
         /// The limit.
         limit: ByteSize,
     },
+    /// The embedder had no addresses for RAM to go to.
+    #[error("there is no place for RAM to go to, and the guest runs on: {0}")]
+    Hole(#[source] BoxError),
+    /// The embedder could not take its guest to RAM's new place.
+    #[error("the guest could not be moved, and runs on at its old place: {0}")]
+    Relocate(#[source] BoxError),
     /// A space could not be flushed or cut.
     #[error("the cut failed and was undone: {0}")]
     Cut(#[from] SpaceError),
@@ -82,7 +90,7 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ForkError`]. The VM runs on, unchanged, and nothing is left behind.
     pub fn fork(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
-        self.cut_all(guest, Afterwards::RunOn)
+        self.cut_all(guest, InPlace, Afterwards::RunOn)
     }
 
     /// Freezes the VM: cuts it as [`Vm::fork`] does and leaves it stopped for good. Any number of clones start from the fork point and the
@@ -91,14 +99,22 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ForkError`]; a VM frozen already is [`ForkError::IllegalState`]: its fork point is [`Vm::origin`].
     pub fn freeze(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
-        self.cut_all(guest, Afterwards::StayFrozen)
+        self.cut_all(guest, InPlace, Afterwards::StayFrozen)
     }
 
-    fn cut_all(&self, guest: &mut (impl Guest + ?Sized), afterwards: Afterwards) -> Result<ForkPoint<B>, ForkError> {
+    pub(super) fn cut_all<G: Guest + ?Sized>(
+        &self,
+        guest: &mut G,
+        mut route: impl Route<B, G>,
+        afterwards: Afterwards,
+    ) -> Result<ForkPoint<B>, ForkError> {
         let _span = debug_span!("fork", vm = %self.identity.name).entered();
         let mut clock = Stopwatch::start();
         let mut busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
         let mut timings = ForkTimings::default();
+
+        route.prepare(guest)?;
+        timings.prepare = clock.lap();
 
         let was_running = busy.before == VmStatus::Running;
         if was_running {
@@ -118,10 +134,14 @@ impl<B: Backing> Vm<B> {
             let _span = debug_span!("cut").entered();
             // Every lock is taken and every fallible step done before anything is kept; an early return drops the
             // cuts made so far, and a dropped cut is undone.
-            let ram = self.ram.space().cut()?;
+            let ram = route.cut(&self.ram, guest.guest)?;
             let disks: Vec<_> = self.disks.iter().map(|(_, disk)| disk.space().cut()).collect::<Result<_, _>>()?;
+            timings.cut = clock.lap();
+            let left_behind = route.relocate(&self.ram, &ram, guest.guest, &device)?;
+            timings.relocate = clock.lap();
             let (ram, ram_deferred) = ram.commit();
-            let mut deferred = vec![ram_deferred];
+            // In this order: what the guest left behind may still have the old view of RAM in use.
+            let mut deferred = vec![left_behind, ram_deferred];
             let mut images = Vec::with_capacity(disks.len());
             for (cut, (name, disk)) in disks.into_iter().zip(&self.disks) {
                 let (image, later) = cut.commit();
@@ -131,7 +151,7 @@ impl<B: Backing> Vm<B> {
             let layout = self.ram.layout().clone();
             (PointParts { layout, ram, disks: images, device, parent: self.identity.name.clone() }, deferred)
         };
-        timings.cut = clock.lap();
+        timings.cut += clock.lap();
 
         let resumed = match afterwards {
             Afterwards::StayFrozen => {
@@ -175,9 +195,44 @@ impl<B: Backing> Vm<B> {
     }
 }
 
+/// Where RAM goes on after the cut.
+pub(super) trait Route<B: Backing, G: ?Sized> {
+    /// What can be done before the guest stands still.
+    fn prepare(&mut self, guest: &mut G) -> Result<(), ForkError>;
+
+    /// Cuts RAM.
+    fn cut<'a>(&mut self, ram: &'a Ram<B>, guest: &mut G) -> Result<B::Cut<'a>, ForkError>;
+
+    /// Takes the guest to where RAM goes on: the last step that may fail. Returns what it leaves behind.
+    fn relocate(
+        &mut self,
+        ram: &Ram<B>,
+        cut: &B::Cut<'_>,
+        guest: &mut G,
+        device: &DeviceState,
+    ) -> Result<Deferred, ForkError>;
+}
+
+/// RAM goes on where it is.
+struct InPlace;
+
+impl<B: Backing, G: ?Sized> Route<B, G> for InPlace {
+    fn prepare(&mut self, _: &mut G) -> Result<(), ForkError> {
+        Ok(())
+    }
+
+    fn cut<'a>(&mut self, ram: &'a Ram<B>, _: &mut G) -> Result<B::Cut<'a>, ForkError> {
+        Ok(ram.space().cut()?)
+    }
+
+    fn relocate(&mut self, _: &Ram<B>, _: &B::Cut<'_>, _: &mut G, _: &DeviceState) -> Result<Deferred, ForkError> {
+        Ok(Deferred::default())
+    }
+}
+
 /// What becomes of the source.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Afterwards {
+pub(super) enum Afterwards {
     RunOn,
     StayFrozen,
 }

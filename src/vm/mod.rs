@@ -8,6 +8,8 @@ mod fork;
 mod guest;
 mod identity;
 mod point;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod relocate;
 mod reset;
 mod timings;
 
@@ -16,6 +18,8 @@ pub use fork::ForkError;
 pub use guest::{AtRest, BoxError, DeviceState, Guest, Rewind, StateObject};
 pub use identity::{CloneSpec, Config, GenerationId, Identity, IdentityError, MacAddress, Uuid, VmName};
 pub use point::{ForkPoint, PointDiff, SpawnError};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use relocate::Relocate;
 pub use reset::ResetError;
 pub use timings::{ForkTimings, Teardown};
 

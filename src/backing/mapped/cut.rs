@@ -4,6 +4,7 @@
 //! place; nothing is copied and the cost does not grow with RAM. Later: the private pages are found in the page
 //! tables and copied into a new layer; the commit lays it over them. Where they are so scattered that the mappings would exceed
 //! their limit, small gaps of clean pages are copied along.
+//! A cut that moves the space elsewhere shares all but its last step with these; it is in [`relocate`](super::relocate).
 //!
 //! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
 //! private, which shows the same bytes and only costs memory.
@@ -15,6 +16,7 @@ use parking_lot::RwLockWriteGuard;
 
 use super::image::layer_runs;
 use super::layer::{Built, Content, Layer, LayerBuilder, Spot, seal_error};
+use super::relocate::Elsewhere;
 use super::{MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
 use crate::error::SpaceError;
@@ -29,40 +31,58 @@ const CHEAP_GAP: PageCount = PageCount::new(1);
 
 /// A cut of mapped RAM; holds the space until it is committed or dropped.
 pub struct MappedCut<'a> {
-    state: RwLockWriteGuard<'a, State>,
-    sealed: MappedImage,
-    step: Step,
+    pub(super) state: RwLockWriteGuard<'a, State>,
+    pub(super) sealed: MappedImage,
+    pub(super) step: Step,
 }
 
-enum Step {
+pub(super) enum Step {
     /// The view was moved aside.
     First { aside: Option<MovedAside>, layer: Arc<Layer> },
     /// A layer waits to be laid over the private pages it was copied from.
     Later(Option<Built>),
+    /// The image is mapped at other addresses too.
+    Elsewhere(Elsewhere),
     /// Committed.
     Done,
 }
 
 impl<'a> MappedCut<'a> {
     pub(super) fn begin(mut state: RwLockWriteGuard<'a, State>) -> Result<Self, SpaceError> {
-        if matches!(state.view, View::Shared(_)) {
-            let layer = seal_own_file(&mut state)?;
-            let spot = Spot { layer: layer.clone(), content: Content::Data };
-            let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
-            let sealed = state.origin.child(index)?;
-            let aside = match state.mapping.move_aside(&layer.file) {
-                Ok(aside) => Some(aside),
-                Err(error) => return Err(state.note(error)),
-            };
-            state.view = View::Private;
-            return Ok(Self { state, sealed, step: Step::First { aside, layer } });
-        }
-        let private = state.private_pages()?;
-        let mut index = state.shown.clone();
-        let built = if private.is_empty() { None } else { Some(copy_private(&state, &private, &mut index)?) };
-        let sealed = state.origin.child(index)?;
-        Ok(Self { state, sealed, step: Step::Later(built) })
+        let (sealed, fresh) = seal(&mut state)?;
+        let layer = match fresh {
+            Fresh::Own(layer) => layer,
+            Fresh::Copied(built) => return Ok(Self { state, sealed, step: Step::Later(built) }),
+        };
+        let aside = match state.mapping.move_aside(&layer.file) {
+            Ok(aside) => Some(aside),
+            Err(error) => return Err(state.note(error)),
+        };
+        state.view = View::Private;
+        Ok(Self { state, sealed, step: Step::First { aside, layer } })
     }
+}
+
+/// What an image has that its ancestors have not.
+pub(super) enum Fresh {
+    /// The space's own file, sealed against new writers: its first cut.
+    Own(Arc<Layer>),
+    /// The pages that were private, if any were.
+    Copied(Option<Built>),
+}
+
+/// Makes the image of this instant. The space's content and addresses stay what they are.
+pub(super) fn seal(state: &mut State) -> Result<(MappedImage, Fresh), SpaceError> {
+    if matches!(state.view, View::Shared(_)) {
+        let layer = seal_own_file(state)?;
+        let spot = Spot { layer: layer.clone(), content: Content::Data };
+        let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
+        return Ok((state.origin.child(index)?, Fresh::Own(layer)));
+    }
+    let private = state.private_pages()?;
+    let mut index = state.shown.clone();
+    let built = if private.is_empty() { None } else { Some(copy_private(state, &private, &mut index)?) };
+    Ok((state.origin.child(index)?, Fresh::Copied(built)))
 }
 
 /// Seals the file of a space that was never cut; a cut that was undone has done so already.
@@ -143,15 +163,22 @@ fn mappings_with(shown: &Index<Spot>, all: PageRange, over: &PageSet) -> u64 {
 }
 
 /// The old view, to be unmapped when nobody waits, and the layer whose last seal can be set only then.
-struct OldView {
-    aside: Option<MovedAside>,
-    layer: Arc<Layer>,
+pub(super) struct OldView<V> {
+    view: Option<V>,
+    layer: Option<Arc<Layer>>,
 }
 
-impl Drop for OldView {
+impl<V> OldView<V> {
+    pub(super) fn new(view: V, layer: Option<Arc<Layer>>) -> Self {
+        Self { view: Some(view), layer }
+    }
+}
+
+impl<V> Drop for OldView<V> {
     fn drop(&mut self) {
-        drop(self.aside.take());
-        match self.layer.file.finish_seal() {
+        drop(self.view.take());
+        let Some(layer) = self.layer.take() else { return };
+        match layer.file.finish_seal() {
             Ok(FinalSeal::Applied) => {}
             Ok(FinalSeal::StillMapped) => {
                 tracing::warn!("a layer is still mapped writable by somebody: drain pinned I/O before a fork");
@@ -171,7 +198,7 @@ impl Cut for MappedCut<'_> {
         let deferred = match replace(&mut self.step, Step::Done) {
             Step::First { aside, layer } => {
                 state.shown = self.sealed.index().clone();
-                Deferred::costly((OldView { aside, layer }, old))
+                Deferred::costly((OldView::new(aside, Some(layer)), old))
             }
             Step::Later(built) => {
                 if let Some(built) = built {
@@ -179,6 +206,7 @@ impl Cut for MappedCut<'_> {
                 }
                 Deferred::cheap(old)
             }
+            Step::Elsewhere(elsewhere) => elsewhere.commit(&mut self.state, &self.sealed, old),
             Step::Done => unreachable!("commit takes the cut"),
         };
         (self.sealed.clone(), deferred)

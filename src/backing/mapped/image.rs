@@ -119,14 +119,14 @@ impl MappedImage {
     }
 
     /// Maps the layers for a clone.
-    pub(super) fn map(&self) -> Result<Mapping, SpaceError> {
+    pub(super) fn map_at(&self, place: Placement) -> Result<Mapping, SpaceError> {
         let plan = self.plan();
         let (needed, limit) = (plan.mappings, self.0.tree.limits().mappings_per_vm);
         if needed > limit {
             return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
         }
         let extents: Vec<_> = plan.extents.iter().map(|(range, layer)| (*range, &layer.file)).collect();
-        Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), Placement::Anywhere)?)
+        Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), place)?)
     }
 
     fn check_related(&self, other: &Self) -> Result<(), SpaceError> {

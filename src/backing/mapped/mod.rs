@@ -9,7 +9,7 @@
 //!
 //! A clone's RAM is private mappings of sealed files: the first write to a page is the kernel's own fault, there is no
 //! handler to wait for, and pages that are only read stay one physical copy. Which pages a VM has of its own is asked of the kernel's
-//! page tables. Host addresses are stable for the life of the space, through forks and resets.
+//! page tables. Host addresses are stable through forks and resets; a cut that moves the space ([`relocate`]) changes them.
 //!
 //! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since.
 //!
@@ -19,9 +19,11 @@
 mod cut;
 mod image;
 mod layer;
+mod relocate;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
+pub use relocate::{AddressHole, PlacedRam};
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -37,10 +39,10 @@ use crate::error::{SpaceError, SystemError};
 use crate::image::Source;
 use crate::overlay::{Index, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet};
-use crate::ram::Ram;
+use crate::ram::{Ram, RamLayout};
 #[cfg(feature = "kvm")]
 use crate::sys::mapping::KeptRange;
-use crate::sys::mapping::Mapping;
+use crate::sys::mapping::{Mapping, Placement};
 use crate::sys::memfd::Memfd;
 use crate::sys::pagemap::ScanMethod;
 
@@ -219,7 +221,7 @@ impl Mapped {
     }
 
     fn over(origin: MappedImage) -> Result<Self, SpaceError> {
-        let mapping = origin.map()?;
+        let mapping = origin.map_at(Placement::Anywhere)?;
         Ok(Self::with(origin, mapping, View::Private))
     }
 
@@ -240,7 +242,8 @@ impl Mapped {
         Ok(state)
     }
 
-    /// Where the space lies in this process, all of it. Stable for the life of the space; dereferencing it is the embedder's unsafe code.
+    /// Where the space lies in this process, all of it. Stable until the space is moved ([`crate::Vm::fork_relocating`]); dereferencing it is
+    /// the embedder's unsafe code.
     pub fn host_base(&self) -> NonNull<u8> {
         self.state.read().mapping.base()
     }
@@ -262,7 +265,7 @@ impl Mapped {
 pub struct HostRange {
     /// Its first guest address.
     pub guest: GuestAddress,
-    /// Its first host address. Valid while the [`Ram`] lives.
+    /// Its first host address. Valid while the [`Ram`] lives and is not moved.
     pub host: NonNull<u8>,
     /// Its length.
     pub len: ByteSize,
@@ -271,8 +274,9 @@ pub struct HostRange {
 impl Ram<Mapped> {
     /// Every region with its host address: what a hypervisor registers as memory slots.
     ///
-    /// The addresses stay valid and mean the same memory for as long as this `Ram` lives, through forks and resets. The guest must be
-    /// paused in those.
+    /// The addresses mean the same memory through [`Vm::fork`](crate::Vm::fork), resets and commits, in which the guest must be paused.
+    /// [`Vm::fork_relocating`](crate::Vm::fork_relocating) changes all of them: the old ones then show the fork point and must not be
+    /// used again. They are unmapped when this `Ram` and every [`Ram::place`] of them is gone.
     ///
     /// ```
     /// use offshoot::{Tree, backing::Mapped, page::*, ram::*};
@@ -282,12 +286,15 @@ impl Ram<Mapped> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn host_ranges(&self) -> impl ExactSizeIterator<Item = HostRange> + '_ {
-        let base = self.space().host_base();
-        self.layout().regions().map(move |(region, offset)| {
-            let addr = base.addr().saturating_add(offset.get() as usize);
-            HostRange { guest: region.start, host: base.with_addr(addr), len: region.len }
-        })
+        host_ranges(self.layout(), self.space().host_base())
     }
+}
+
+fn host_ranges(layout: &RamLayout, base: NonNull<u8>) -> impl ExactSizeIterator<Item = HostRange> + '_ {
+    layout.regions().map(move |(region, offset)| {
+        let addr = base.addr().saturating_add(offset.get() as usize);
+        HostRange { guest: region.start, host: base.with_addr(addr), len: region.len }
+    })
 }
 
 impl fmt::Debug for Mapped {
