@@ -21,6 +21,8 @@ pub(crate) enum Call {
     Open,
     PagemapScan,
     Getrandom,
+    /// Any call that creates a part of a KVM machine ahead of need.
+    Kvm,
 }
 
 impl Call {
@@ -41,6 +43,7 @@ impl Call {
             Self::Open => "open",
             Self::PagemapScan => "ioctl(PAGEMAP_SCAN)",
             Self::Getrandom => "getrandom",
+            Self::Kvm => "ioctl(KVM)",
         }
     }
 }
