@@ -21,7 +21,11 @@ mod figures {
     pub mod options;
     pub mod report;
     pub mod sample;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod shells;
     pub mod subject;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod tiny_guest;
 }
 
 use std::process::ExitCode;
@@ -43,6 +47,10 @@ const FIGURES: &[Figure] = &[
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: 4 KiB requests in one process", run: figures::disk::requests },
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    Figure { name: "shell-pause", what: "KVM: the parent's pause in a first fork", run: figures::shells::pause },
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    Figure { name: "shell-spawn", what: "KVM: a clone to its first instruction", run: figures::shells::spawn },
 ];
 
 fn main() -> ExitCode {

@@ -531,6 +531,32 @@ fn bytes_round_trip_and_a_decoded_state_runs() {
 }
 
 #[test]
+fn the_upper_halves_of_ymm_survive_where_the_host_has_them() {
+    let Some(host) = host() else { return };
+    if !host_has_avx(&host) {
+        eprintln!("SKIPPED: guests of this host have no AVX");
+        return;
+    }
+    let parent = Guest::parent(&host, Devices::NONE, 1);
+    let vcpu = &parent.machine.vcpus()[0];
+    let mut xcrs = vcpu.get_xcrs().unwrap();
+    xcrs.xcrs[0].value = 7;
+    vcpu.set_xcrs(&xcrs).unwrap();
+    let plan = parent.plan(&host, Devices::NONE);
+    let mut bytes = MachineState::capture(&plan, parent.machine.vm(), parent.machine.vcpus()).unwrap().to_bytes();
+    // Where the XSAVE area starts, by the layout in `encode.rs`; in it, the header's feature bits and YMM's upper halves.
+    let area = 32 + 16 + host.supported_cpuid().as_slice().len() * 40 + 144 + 312 + 128 + 392 + 4;
+    bytes[area + 512] |= 7;
+    bytes[area + 576..area + 576 + 256].iter_mut().zip(1..).for_each(|(byte, value)| *byte = value);
+    let checksum = crc32fast::hash(&bytes[16..]);
+    bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+    let state = MachineState::from_bytes(&bytes).unwrap();
+    let clone = Guest::clone_of(&host, &state, &parent.copy_ram());
+    let again = MachineState::capture(&plan, clone.machine.vm(), clone.machine.vcpus()).unwrap();
+    assert_same_but_for_time(&state, &again);
+}
+
+#[test]
 fn damaged_bytes_give_errors_at_every_byte() {
     let Some(host) = host() else { return };
     let mut parent = real_mode_guest(&host, WAITING, 1);

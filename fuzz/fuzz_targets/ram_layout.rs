@@ -18,7 +18,7 @@ use offshoot_fuzz::pattern;
 
 const MOST_OPS: usize = 40;
 /// Above this, a space costs megabytes of tables: its arithmetic is checked, its content is not.
-const MOST_CONTENT: u64 = 1 << 40;
+const MOST_CONTENT: u64 = 1 << 36;
 
 #[derive(Arbitrary, Debug)]
 struct Input {

@@ -2,7 +2,7 @@
 //!
 //! A [`Disk`] is the concrete handle that a device model holds; under it is any [`Backing`], by default pages on the heap over a
 //! read-only image that all clones share. Owns sector arithmetic, discard and write-zeroes rules and the read-only
-//! rule. Must not know of guests or forks: a fork cuts it through [`AnySpace`], like RAM.
+//! rule. Must not know of guests or forks: a fork cuts it as it cuts RAM.
 
 mod erased;
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::index::{Index, LEAF_PAGES, Leaf, MID_LEAVES, MID_PAGES, Mid, Slot};
+use super::index::{Index, LEAF_PAGES, LeafRef, MID_LEAVES, MID_PAGES, Mid, Slot};
 use super::{PageRef, PageState};
 use crate::page::{PageIndex, PageRange, PageSet};
 
@@ -17,7 +17,7 @@ impl<P: PageRef> Index<P> {
         if Arc::ptr_eq(&self.root, &other.root) {
             return out;
         }
-        for (m, (a, b)) in self.root.mids.iter().zip(&*other.root.mids).enumerate() {
+        for (m, (a, b)) in self.root.iter().zip(&*other.root).enumerate() {
             let start = m as u64 * MID_PAGES;
             let end = (start + MID_PAGES).min(self.pages().get());
             diff_mids(a, b, start, end, &mut out);
@@ -51,12 +51,6 @@ fn diff_mids<P: PageRef>(a: &Slot<P, Mid<P>>, b: &Slot<P, Mid<P>>, start: u64, e
     }
 }
 
-/// A leaf seen through a slot that may stand for a whole uniform subtree.
-enum LeafView<'a, P> {
-    Uniform(PageState<&'a P>),
-    Node(&'a Arc<Leaf<P>>),
-}
-
 fn as_ref<P>(state: &PageState<P>) -> PageState<&P> {
     match state {
         PageState::Absent => PageState::Absent,
@@ -65,28 +59,25 @@ fn as_ref<P>(state: &PageState<P>) -> PageState<&P> {
     }
 }
 
-fn leaf_of<P>(slot: &Slot<P, Mid<P>>, l: usize) -> LeafView<'_, P> {
+fn leaf_of<P: PageRef>(slot: &Slot<P, Mid<P>>, l: usize) -> LeafRef<'_, P> {
     match slot {
-        Slot::Uniform(state) => LeafView::Uniform(as_ref(state)),
-        Slot::Node(mid) => match &mid.leaves[l] {
-            Slot::Uniform(state) => LeafView::Uniform(as_ref(state)),
-            Slot::Node(leaf) => LeafView::Node(leaf),
-        },
+        Slot::Uniform(state) => LeafRef::Uniform(as_ref(state)),
+        Slot::Node(mid) => mid.leaf(l),
     }
 }
 
-fn diff_leaves<P: PageRef>(a: LeafView<'_, P>, b: LeafView<'_, P>, start: u64, end: u64, out: &mut PageSet) {
+fn diff_leaves<P: PageRef>(a: LeafRef<'_, P>, b: LeafRef<'_, P>, start: u64, end: u64, out: &mut PageSet) {
     match (&a, &b) {
-        (LeafView::Node(x), LeafView::Node(y)) if Arc::ptr_eq(x, y) => {}
-        (LeafView::Uniform(x), LeafView::Uniform(y)) => {
+        (LeafRef::Node(x), LeafRef::Node(y)) if Arc::ptr_eq(x, y) => {}
+        (LeafRef::Uniform(x), LeafRef::Uniform(y)) => {
             if !x.same(*y) {
                 push(out, start, end);
             }
         }
         _ => {
-            let state = |view: &LeafView<'_, P>, at: u64| match view {
-                LeafView::Uniform(state) => state.cloned(),
-                LeafView::Node(leaf) => leaf.get(at as usize % LEAF_PAGES).cloned(),
+            let state = |view: &LeafRef<'_, P>, at: u64| match view {
+                LeafRef::Uniform(state) => state.cloned(),
+                LeafRef::Node(leaf) => leaf.get(at as usize % LEAF_PAGES).cloned(),
             };
             for page in start..end {
                 if !as_ref(&state(&a, page)).same(as_ref(&state(&b, page))) {

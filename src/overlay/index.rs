@@ -99,20 +99,34 @@ pub(super) struct Leaf<P> {
     pub(super) zero: u64,
 }
 
+/// Slots lie in the node itself and are one pointer each: a random read misses the cache for each line that it touches on its way, so
+/// nothing may stand between a node and its slots.
 #[derive(Clone)]
 pub(super) struct Mid<P> {
-    pub(super) leaves: Box<[Slot<P, Leaf<P>>; MID_LEAVES]>,
+    /// `None`: those 64 pages are in one state, which `uniform` knows.
+    leaves: [Option<Arc<Leaf<P>>>; MID_LEAVES],
+    uniform: Uniform<P>,
     tally: Tally,
 }
 
+/// The states of a middle node's uniform leaves.
 #[derive(Clone)]
-pub(super) struct Root<P> {
-    pub(super) mids: Box<[Slot<P, Mid<P>>]>,
+enum Uniform<P> {
+    /// All the same.
+    All(PageState<P>),
+    /// One for each slot; what it says of a slot with a node means nothing.
+    Each(Box<[PageState<P>]>),
+}
+
+/// A leaf's place as it is seen from above.
+pub(super) enum LeafRef<'a, P> {
+    Uniform(PageState<&'a P>),
+    Node(&'a Arc<Leaf<P>>),
 }
 
 /// The merged index of one stack. Cloning it costs one reference count.
 pub(crate) struct Index<P> {
-    pub(super) root: Arc<Root<P>>,
+    pub(super) root: Arc<[Slot<P, Mid<P>>]>,
     pages: PageCount,
     tally: Tally,
 }
@@ -157,15 +171,66 @@ impl<P: PageRef> Leaf<P> {
 
 impl<P: PageRef> Mid<P> {
     fn filled(state: &PageState<P>) -> Self {
-        let leaves: Vec<_> = (0..MID_LEAVES).map(|_| Slot::Uniform(state.clone())).collect();
-        let Ok(leaves) = leaves.into_boxed_slice().try_into() else { unreachable!("built with MID_LEAVES slots") };
-        Self { leaves, tally: Tally::of(state, MID_PAGES) }
+        Self {
+            leaves: [const { None }; MID_LEAVES],
+            uniform: Uniform::All(state.clone()),
+            tally: Tally::of(state, MID_PAGES),
+        }
     }
 
-    fn leaf_tally(slot: &Slot<P, Leaf<P>>) -> Tally {
-        match slot {
-            Slot::Uniform(state) => Tally::of(state, LEAF_PAGES as u64),
-            Slot::Node(leaf) => leaf.tally(),
+    #[inline]
+    pub(super) fn leaf(&self, at: usize) -> LeafRef<'_, P> {
+        match &self.leaves[at] {
+            Some(leaf) => LeafRef::Node(leaf),
+            None => LeafRef::Uniform(self.uniform.get(at)),
+        }
+    }
+
+    fn leaf_tally(&self, at: usize) -> Tally {
+        match self.leaf(at) {
+            LeafRef::Uniform(state) => Tally::of(&state, LEAF_PAGES as u64),
+            LeafRef::Node(leaf) => leaf.tally(),
+        }
+    }
+
+    /// The leaf, made writable: expanded from a uniform state, or copied where it is shared.
+    fn leaf_mut(&mut self, at: usize, bytes: &mut u64) -> &mut Leaf<P> {
+        let uniform = &self.uniform;
+        let leaf = self.leaves[at].get_or_insert_with(|| {
+            *bytes += size_of::<Leaf<P>>() as u64;
+            Arc::new(Leaf::filled(&uniform.get(at).cloned()))
+        });
+        if Arc::get_mut(leaf).is_none() {
+            *bytes += size_of::<Leaf<P>>() as u64;
+        }
+        Arc::make_mut(leaf)
+    }
+
+    /// Puts all pages of a leaf in one state.
+    fn set_leaf(&mut self, at: usize, state: &PageState<P>, bytes: &mut u64) {
+        self.leaves[at] = None;
+        self.uniform.set(at, state, bytes);
+    }
+}
+
+impl<P: PageRef> Uniform<P> {
+    fn get(&self, at: usize) -> PageState<&P> {
+        match self {
+            Self::All(state) => state.as_ref(),
+            Self::Each(states) => states[at].as_ref(),
+        }
+    }
+
+    fn set(&mut self, at: usize, state: &PageState<P>, bytes: &mut u64) {
+        if let Self::All(all) = self {
+            if all.as_ref().same(state.as_ref()) {
+                return;
+            }
+            *bytes += (MID_LEAVES * size_of::<PageState<P>>()) as u64;
+            *self = Self::Each(vec![all.clone(); MID_LEAVES].into());
+        }
+        if let Self::Each(states) = self {
+            states[at] = state.clone();
         }
     }
 }
@@ -192,8 +257,8 @@ impl<P: PageRef> Index<P> {
     /// Every page in one state. O(pages / 32,768), in slots of 16 bytes.
     pub(crate) fn uniform(pages: PageCount, state: &PageState<P>) -> Self {
         let mids = pages.get().div_ceil(MID_PAGES);
-        let root = Root { mids: (0..mids).map(|_| Slot::Uniform(state.clone())).collect() };
-        Self { root: Arc::new(root), pages, tally: Tally::of(state, pages.get()) }
+        let root = (0..mids).map(|_| Slot::Uniform(state.clone())).collect();
+        Self { root, pages, tally: Tally::of(state, pages.get()) }
     }
 
     /// How many pages it covers.
@@ -209,7 +274,7 @@ impl<P: PageRef> Index<P> {
     /// Data and zero pages of `range`. O(middle nodes), plus the leaves of those that `range` cuts.
     pub(crate) fn tally_in(&self, range: PageRange) -> Tally {
         let mut sum = Tally::default();
-        for (m, slot) in self.root.mids.iter().enumerate() {
+        for (m, slot) in self.root.iter().enumerate() {
             let start = m as u64 * MID_PAGES;
             let mid = PageRange::from_bounds(
                 PageIndex::new(start),
@@ -226,19 +291,19 @@ impl<P: PageRef> Index<P> {
     }
 
     /// Looks a page up: three loads at most, at any depth. A page past the end is absent.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, page: PageIndex) -> PageState<&P> {
         let page = page.get();
-        let Some(mid) = self.root.mids.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize) else {
+        let Some(mid) = self.root.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize) else {
             return PageState::Absent;
         };
         let mid = match mid {
             Slot::Node(mid) => mid,
             Slot::Uniform(state) => return state.as_ref(),
         };
-        match &mid.leaves[(page >> LEAF_SHIFT) as usize % MID_LEAVES] {
-            Slot::Node(leaf) => leaf.get(page as usize % LEAF_PAGES),
-            Slot::Uniform(state) => state.as_ref(),
+        match mid.leaf((page >> LEAF_SHIFT) as usize % MID_LEAVES) {
+            LeafRef::Node(leaf) => leaf.get(page as usize % LEAF_PAGES),
+            LeafRef::Uniform(state) => state,
         }
     }
 
@@ -251,7 +316,7 @@ impl<P: PageRef> Index<P> {
         }
         let mut bytes = 0;
         if Arc::get_mut(&mut self.root).is_none() {
-            bytes += (self.root.mids.len() * size_of::<Slot<P, Mid<P>>>()) as u64;
+            bytes += (self.root.len() * size_of::<Slot<P, Mid<P>>>()) as u64;
         }
         let total_pages = self.pages.get();
         let root = Arc::make_mut(&mut self.root);
@@ -259,7 +324,7 @@ impl<P: PageRef> Index<P> {
         for m in first / MID_PAGES..=(last - 1) / MID_PAGES {
             let mid_start = m * MID_PAGES;
             let mid_end = (mid_start + MID_PAGES).min(total_pages);
-            let slot = &mut root.mids[m as usize];
+            let slot = &mut root[m as usize];
             let old = Self::mid_tally(slot, mid_end - mid_start);
             let (from, to) = (first.max(mid_start), last.min(mid_end));
             if (from, to) == (mid_start, mid_end) {
@@ -275,7 +340,7 @@ impl<P: PageRef> Index<P> {
                 );
                 Self::set_in_mid(mid, from - mid_start, to - mid_start, state, &mut bytes);
             }
-            let new = Self::mid_tally(&root.mids[m as usize], mid_end - mid_start);
+            let new = Self::mid_tally(&root[m as usize], mid_end - mid_start);
             self.tally.replace(old, new);
         }
         bytes
@@ -293,14 +358,14 @@ impl<P: PageRef> Index<P> {
         for l in first / leaf_pages..=(last - 1) / leaf_pages {
             let leaf_start = l * leaf_pages;
             let (from, to) = (first.max(leaf_start), last.min(leaf_start + leaf_pages));
-            let slot = &mut mid.leaves[l as usize];
+            let at = l as usize;
             let (old, new);
             if to - from == leaf_pages {
-                old = Mid::leaf_tally(slot);
-                *slot = Slot::Uniform(state.clone());
+                old = mid.leaf_tally(at);
+                mid.set_leaf(at, state, bytes);
                 new = Tally::of(state, leaf_pages);
             } else {
-                let leaf = slot.node_mut(Leaf::filled, bytes);
+                let leaf = mid.leaf_mut(at, bytes);
                 let mut was = Tally::default();
                 for page in from - leaf_start..to - leaf_start {
                     was.add(Tally::of(&leaf.get(page as usize), 1));
@@ -321,11 +386,11 @@ impl<P: PageRef> Index<P> {
         while at < last {
             let mid_end = (at / MID_PAGES + 1) * MID_PAGES;
             let leaf_end = (at / LEAF_PAGES as u64 + 1) * LEAF_PAGES as u64;
-            let (end, state) = match &self.root.mids[(at / MID_PAGES) as usize] {
+            let (end, state) = match &self.root[(at / MID_PAGES) as usize] {
                 Slot::Uniform(state) => (mid_end, state.as_ref()),
-                Slot::Node(mid) => match &mid.leaves[(at >> LEAF_SHIFT) as usize % MID_LEAVES] {
-                    Slot::Uniform(state) => (leaf_end, state.as_ref()),
-                    Slot::Node(leaf) => (at + 1, leaf.get(at as usize % LEAF_PAGES)),
+                Slot::Node(mid) => match mid.leaf((at >> LEAF_SHIFT) as usize % MID_LEAVES) {
+                    LeafRef::Uniform(state) => (leaf_end, state),
+                    LeafRef::Node(leaf) => (at + 1, leaf.get(at as usize % LEAF_PAGES)),
                 },
             };
             let end = end.min(last);
@@ -347,18 +412,18 @@ impl<P: PageRef> Index<P> {
     /// Derives again what is kept up by hand, and compares: the tallies of every node, and that no page is both data and zero.
     pub(crate) fn validate(&self) -> Result<(), String> {
         let mut total = Tally::default();
-        for (m, slot) in self.root.mids.iter().enumerate() {
+        for (m, slot) in self.root.iter().enumerate() {
             let start = m as u64 * MID_PAGES;
             let pages = MID_PAGES.min(self.pages.get() - start);
             if let Slot::Node(mid) = slot {
                 let mut sum = Tally::default();
                 let mut left = pages;
-                for leaf in &*mid.leaves {
+                for l in 0..MID_LEAVES {
                     let here = left.min(LEAF_PAGES as u64);
                     left -= here;
-                    match leaf {
-                        Slot::Uniform(state) => sum.add(Tally::of(state, here)),
-                        Slot::Node(leaf) => {
+                    match mid.leaf(l) {
+                        LeafRef::Uniform(state) => sum.add(Tally::of(&state, here)),
+                        LeafRef::Node(leaf) => {
                             for at in 0..here as usize {
                                 if leaf.pages[at].is_some() && leaf.zero >> at & 1 == 1 {
                                     return Err(format!("middle node {m}: a page is both data and zero"));

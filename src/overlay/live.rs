@@ -17,12 +17,12 @@ struct LiveLeaf<P> {
 }
 
 struct LiveMid<P> {
-    leaves: Box<[OnceLock<Box<LiveLeaf<P>>>]>,
+    leaves: [OnceLock<Box<LiveLeaf<P>>>; MID_LEAVES],
 }
 
 /// A clone's own pages. Empty tables cost nothing.
 pub(crate) struct Live<P> {
-    mids: OnceLock<Box<[OnceLock<LiveMid<P>>]>>,
+    mids: OnceLock<Box<[OnceLock<Box<LiveMid<P>>>]>>,
     space: PageCount,
     count: AtomicU64,
     table_bytes: AtomicU64,
@@ -45,7 +45,7 @@ impl<P> Live<P> {
     }
 
     /// The page, if this clone has its own.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, page: PageIndex) -> Option<&P> {
         let page = page.get();
         let mid = self.mids.get()?.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize)?.get()?;
@@ -71,12 +71,12 @@ impl<P> Live<P> {
         let made = |bytes: usize| self.table_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let mids = self.mids.get_or_init(|| {
             let mids = self.space.get().div_ceil(MID_PAGES) as usize;
-            made(mids * size_of::<OnceLock<LiveMid<P>>>());
+            made(mids * size_of::<OnceLock<Box<LiveMid<P>>>>());
             (0..mids).map(|_| OnceLock::new()).collect()
         });
         let mid = mids[(page >> (LEAF_SHIFT + MID_SHIFT)) as usize].get_or_init(|| {
-            made(MID_LEAVES * size_of::<OnceLock<Box<LiveLeaf<P>>>>());
-            LiveMid { leaves: (0..MID_LEAVES).map(|_| OnceLock::new()).collect() }
+            made(size_of::<LiveMid<P>>());
+            Box::new(LiveMid { leaves: std::array::from_fn(|_| OnceLock::new()) })
         });
         let leaf = mid.leaves[(page >> LEAF_SHIFT) as usize % MID_LEAVES].get_or_init(|| {
             made(size_of::<LiveLeaf<P>>());

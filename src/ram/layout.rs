@@ -3,6 +3,8 @@
 //! Regions are laid one after another in the space, in ascending order of address; what lies between them is a hole.
 //! Pure arithmetic on numbers that a guest or a configuration names: everything is checked here, once.
 
+use std::sync::Arc;
+
 use super::RamError;
 use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, GuestAddress, PageSize};
 
@@ -49,19 +51,31 @@ pub enum LayoutError {
     Geometry(#[from] GeometryError),
 }
 
-/// The regions of a VM's RAM.
+/// The regions of a VM's RAM. Cloning it costs two reference counts: every clone of a VM has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RamLayout {
-    regions: Box<[Placed]>,
-    /// Regions that touch, joined: an access may run across them.
-    spans: Box<[Placed]>,
+    regions: Arc<[Placed]>,
+    /// Regions that touch, joined: an access may run across them. Never empty.
+    spans: Arc<[Placed]>,
     geometry: Geometry,
 }
 
+/// A run of addresses and where it lies in the space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Placed {
+pub(super) struct Placed {
     region: RamRegion,
     offset: ByteOffset,
+}
+
+impl Placed {
+    /// The offset of `len` bytes at `at`, if all of them lie in this run.
+    #[inline]
+    pub(super) fn locate(&self, at: GuestAddress, len: ByteSize) -> Option<ByteOffset> {
+        // An address below the start wraps, to past the region's end because no region's end overflows.
+        let into = at.get().wrapping_sub(self.region.start.get());
+        let room = self.region.len.get().checked_sub(len.get())?;
+        (into <= room).then(|| ByteOffset::new(self.offset.get() + into))
+    }
 }
 
 impl RamLayout {
@@ -151,11 +165,13 @@ impl RamLayout {
             spans => spans.partition_point(|span| span.region.start <= at),
         };
         let Some(span) = after.checked_sub(1).map(|i| &self.spans[i]) else { return Err(hole) };
-        let into = at.get() - span.region.start.get();
-        match into.checked_add(len.get()) {
-            Some(end) if end <= span.region.len.get() => Ok(ByteOffset::new(span.offset.get() + into)),
-            _ => Err(hole),
-        }
+        span.locate(at, len).ok_or(hole)
+    }
+
+    /// The longest run of addresses without a hole.
+    pub(super) fn longest_span(&self) -> Placed {
+        let longest = |a: Placed, b: &Placed| if b.region.len > a.region.len { *b } else { a };
+        self.spans.iter().fold(self.spans[0], longest)
     }
 
     /// The guest address of an offset in the space; `None` past the end. O(log regions).

@@ -2,13 +2,16 @@
 //!
 //! Only the heap has this: a mapped VM's CPUs use host pointers.
 
+use super::layout::Placed;
 use super::{Ram, RamError, RamLayout};
 use crate::backing::{Heap, HeapView, PageBody, Word};
-use crate::page::{ByteSize, GuestAddress};
+use crate::page::{ByteOffset, ByteSize, GuestAddress};
 
 /// Access to guest memory for a batch of instructions. See [`HeapView`] for how long it may be held.
 pub struct RamView<'a, B: PageBody> {
     layout: &'a RamLayout,
+    /// The longest run of addresses, where nearly all accesses go: looked at first.
+    longest: Placed,
     view: HeapView<'a, B>,
 }
 
@@ -32,18 +35,27 @@ impl<B: PageBody> Ram<Heap<B>> {
         let view = self.space.view();
         // Checked with the lock held: a freeze that comes later waits for this view first.
         self.check_writable()?;
-        Ok(RamView { layout: &self.layout, view })
+        Ok(RamView { layout: &self.layout, longest: self.layout.longest_span(), view })
     }
 }
 
 impl<B: PageBody> RamView<'_, B> {
+    #[inline(always)]
+    fn locate_word<T: Word>(&self, at: GuestAddress) -> Result<ByteOffset, RamError> {
+        let size = ByteSize::new(T::SIZE as u64);
+        match self.longest.locate(at, size) {
+            Some(offset) => Ok(offset),
+            None => self.layout.locate(at, size),
+        }
+    }
+
     /// Loads one word.
     ///
     /// # Errors
     /// As [`Ram::read`].
-    #[inline]
+    #[inline(always)]
     pub fn load<T: Word>(&self, at: GuestAddress) -> Result<T, RamError> {
-        Ok(self.view.load(self.layout.locate(at, ByteSize::new(T::SIZE as u64))?)?)
+        Ok(self.view.load(self.locate_word::<T>(at)?)?)
     }
 
     /// Stores one word.
@@ -52,7 +64,7 @@ impl<B: PageBody> RamView<'_, B> {
     /// As [`Ram::write`].
     #[inline]
     pub fn store<T: Word>(&self, at: GuestAddress, value: T) -> Result<(), RamError> {
-        Ok(self.view.store(self.layout.locate(at, ByteSize::new(T::SIZE as u64))?, value)?)
+        Ok(self.view.store(self.locate_word::<T>(at)?, value)?)
     }
 
     /// Fills `buf` from guest memory.

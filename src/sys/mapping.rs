@@ -292,6 +292,11 @@ impl Mapping {
         Ok(KeptRange { base: self.range.at(at.get() as usize), len, range: self.range.clone() })
     }
 
+    /// Whether anybody else keeps the addresses mapped.
+    pub(crate) fn is_kept(&self) -> bool {
+        Arc::strong_count(&self.range) > 1
+    }
+
     /// Length in bytes.
     pub(crate) fn len(&self) -> ByteSize {
         self.geometry.len()

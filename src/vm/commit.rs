@@ -33,10 +33,10 @@ impl<B: Backing> Vm<B> {
     ///
     /// # Errors
     /// [`CommitError`], with the clone given back. Nothing is changed then.
-    pub fn commit(&self, clone: Self) -> Result<(), (CommitError, Self)> {
+    pub fn commit(&self, clone: Self) -> Result<(), Box<(CommitError, Self)>> {
         match self.try_commit(&clone) {
             Ok(()) => Ok(()),
-            Err(error) => Err((error, clone)),
+            Err(error) => Err(Box::new((error, clone))),
         }
     }
 

@@ -19,6 +19,9 @@ pub trait PageBody: Send + Sync + fmt::Debug + 'static {
     /// Whether pages of this size can be kept this way.
     fn supports(size: PageSize) -> bool;
 
+    /// The binary logarithm of the page size: a constant where only one size can be kept, which a random read is measurably faster for.
+    fn shift(size: PageSize) -> u32;
+
     /// A page made of the words that `word` gives for each index.
     fn build(size: PageSize, word: impl FnMut(usize) -> u64) -> Self;
 
@@ -51,6 +54,11 @@ impl PageBody for Page4K {
         size == PageSize::KIB_4
     }
 
+    #[inline]
+    fn shift(_: PageSize) -> u32 {
+        PageSize::KIB_4.shift()
+    }
+
     fn build(_: PageSize, mut word: impl FnMut(usize) -> u64) -> Self {
         Self(std::array::from_fn(|at| AtomicU64::new(word(at))))
     }
@@ -64,6 +72,11 @@ impl PageBody for Page4K {
 impl PageBody for AnyPage {
     fn supports(_: PageSize) -> bool {
         true
+    }
+
+    #[inline]
+    fn shift(size: PageSize) -> u32 {
+        size.shift()
     }
 
     fn build(size: PageSize, mut word: impl FnMut(usize) -> u64) -> Self {

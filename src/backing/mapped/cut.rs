@@ -134,11 +134,10 @@ fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Re
 
 /// Kernel mappings of a clone of `shown` with `over` laid on it: runs of one layer.
 fn mappings_with(shown: &Index<Spot>, all: PageRange, over: &PageSet) -> u64 {
-    let mut below = layer_runs(shown, all).into_iter().map(|(run, _)| run).peekable();
     let mut count = over.runs().len() as u64;
     // A run below counts once for every piece of it that stays in sight.
     let mut above = over.runs().peekable();
-    while let Some(run) = below.next() {
+    for (run, _) in layer_runs(shown, all) {
         let mut at = run.start();
         loop {
             while above.peek().is_some_and(|over| over.end() <= at) {

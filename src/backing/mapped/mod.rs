@@ -40,7 +40,7 @@ use crate::image::Source;
 use crate::overlay::{Index, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet};
 use crate::ram::{Ram, RamLayout};
-#[cfg(feature = "kvm")]
+#[cfg(any(feature = "kvm", feature = "vm-memory"))]
 use crate::sys::mapping::KeptRange;
 use crate::sys::mapping::{Mapping, Placement};
 use crate::sys::memfd::Memfd;
@@ -249,7 +249,7 @@ impl Mapped {
     }
 
     /// Part of the space's addresses, kept mapped for whoever holds host pointers.
-    #[cfg(feature = "kvm")]
+    #[cfg(any(feature = "kvm", feature = "vm-memory"))]
     pub(crate) fn keep(&self, at: ByteOffset, len: ByteSize) -> Result<KeptRange, SpaceError> {
         Ok(self.shared()?.mapping.keep(at, len)?)
     }

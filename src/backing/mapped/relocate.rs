@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLockWriteGuard;
 
-use super::cut::{Fresh, Step, seal};
+use super::cut::{Fresh, OldView, Step, seal};
 use super::layer::Layer;
 use super::{HostRange, Mapped, MappedCut, MappedImage, State, View};
 use crate::backing::{Deferred, Sealed};
@@ -204,6 +204,25 @@ impl Elsewhere {
         let old = replace(&mut state.mapping, self.mapping);
         state.view = View::Private;
         state.shown = sealed.index().clone();
-        Deferred::costly((super::cut::OldView::new(old, self.own), origin))
+        let old = LeftView { mapping: old, own: self.own.clone() };
+        Deferred::costly((OldView::new(old, self.own), origin))
+    }
+}
+
+/// The view that the guest has left.
+struct LeftView {
+    mapping: Mapping,
+    own: Option<Arc<Layer>>,
+}
+
+impl Drop for LeftView {
+    fn drop(&mut self) {
+        let Some(layer) = self.own.as_ref().filter(|_| self.mapping.is_kept()) else { return };
+        // Somebody still has the old addresses, through which they could write into what is sealed. They stay mapped, and show the same
+        // bytes, but writes go nowhere else any more.
+        tracing::warn!("old addresses of RAM are still in use after it was moved: let go of them in Relocate::relocate");
+        if let Err(error) = self.mapping.in_place_remap(&layer.file) {
+            tracing::warn!(%error, "and could not be cut off from the fork point");
+        }
     }
 }

@@ -19,7 +19,7 @@ use super::machine::MachineState;
 use super::msr::{MsrIndex, MsrValues};
 use super::vcpu::{Nested, VcpuPlan, VcpuState};
 use crate::page::ByteSize;
-use crate::sys::kvm::{Plain, XsaveArea};
+use crate::sys::kvm::{Plain, XSAVE_LEGACY_SIZE, XsaveArea};
 
 /// The most vCPUs that KVM has.
 const MAX_VCPUS: u32 = 4096;
@@ -179,6 +179,10 @@ impl<'a> Reader<'a> {
         let debug = self.plain("debug registers")?;
         let xcrs = self.part(parts, PART_XCRS, "XCRs")?;
         let size = self.count("size of the XSAVE area", MAX_XSAVE)?;
+        if size < XSAVE_LEGACY_SIZE {
+            let (found, least) = (size as u64, XSAVE_LEGACY_SIZE as u64);
+            return Err(DecodeError::TooSmall { field: "size of the XSAVE area", found, least });
+        }
         let xsave = XsaveArea::from_bytes(self.take(size, "XSAVE area")?);
         let count = self.count("number of MSRs", MAX_MSRS)?;
         let values: Vec<kvm_msr_entry> = self.list(count, "MSRs")?;
@@ -224,5 +228,148 @@ impl<'a> Reader<'a> {
         let state: kvm_ioctls::KvmNestedStateBuffer = self.plain("nested state")?;
         limit("size of the nested state", u64::from(state.size), size_of_val(&state) as u64)?;
         Ok(state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_mp_state;
+
+    use super::*;
+
+    /// A state with every optional part, made without a host.
+    fn state() -> MachineState {
+        let vcpu = |number: u64| VcpuState {
+            plan: VcpuPlan {
+                cpuid: Arc::new(
+                    CpuId::from_entries(&[kvm_cpuid_entry2 { function: 1, ..Default::default() }; 3]).unwrap(),
+                ),
+                tsc_khz: 2_100_000,
+            },
+            mp_state: kvm_mp_state { mp_state: 3 },
+            regs: kvm_bindings::kvm_regs { rip: number, ..Default::default() },
+            sregs: Default::default(),
+            pdptrs: Some([number, 2, 3, 4]),
+            debug: Default::default(),
+            xcrs: Some(Default::default()),
+            xsave: XsaveArea::from_bytes(&[number as u8; 4160]),
+            msrs: MsrValues::new(
+                &[kvm_msr_entry { index: 0x10, data: number, ..Default::default() }; 300],
+                Some(7),
+                vec![MsrIndex::new(0x480)],
+            ),
+            nested: Nested::Captured(Box::new(kvm_ioctls::KvmNestedStateBuffer::empty())),
+            lapic: Some(Default::default()),
+            events: Default::default(),
+        };
+        let chips = ChipState {
+            irqchips: Some(Box::new([Default::default(); 3])),
+            pit: Some(Default::default()),
+            clock: Some(Default::default()),
+        };
+        MachineState { vcpus: vec![vcpu(1), vcpu(2)], chips }
+    }
+
+    /// A small one, for what is tried at every byte.
+    fn lean_state() -> MachineState {
+        let mut state = state();
+        state.vcpus.truncate(1);
+        state.vcpus[0].nested = Nested::Refused;
+        state.vcpus[0].msrs = MsrValues::new(&[kvm_msr_entry::default(); 4], Some(7), vec![MsrIndex::new(0x480)]);
+        state
+    }
+
+    /// What somebody does who wants the bytes to be believed.
+    fn repair(bytes: &mut [u8]) {
+        let checksum = crc32fast::hash(&bytes[CHECKED_FROM..]);
+        bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+    }
+
+    #[test]
+    fn everything_comes_back() {
+        let state = state();
+        let decoded = MachineState::from_bytes(&state.to_bytes()).unwrap();
+        assert_eq!(state.differences(&decoded), []);
+        assert_eq!(state.omissions(), decoded.omissions());
+        assert_eq!(decoded.to_bytes(), state.to_bytes());
+    }
+
+    #[test]
+    fn every_cut_and_every_change_is_an_error() {
+        let bytes = lean_state().to_bytes();
+        for length in 0..bytes.len() {
+            assert!(MachineState::from_bytes(&bytes[..length]).is_err(), "cut to {length}");
+        }
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1 << (at % 8);
+            assert!(MachineState::from_bytes(&damaged).is_err(), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn hostile_bytes_with_a_right_checksum_never_panic() {
+        let bytes = lean_state().to_bytes();
+        for at in CHECKED_FROM..bytes.len() {
+            for value in [0x01, 0xff] {
+                let mut hostile = bytes.clone();
+                hostile[at] = value;
+                repair(&mut hostile);
+                let _ = MachineState::from_bytes(&hostile);
+            }
+        }
+        for length in HEADER_SIZE..bytes.len() {
+            let mut cut = bytes[..length].to_vec();
+            cut[16..24].copy_from_slice(&(length as u64).to_le_bytes());
+            repair(&mut cut);
+            assert!(MachineState::from_bytes(&cut).is_err(), "cut to {length}");
+        }
+    }
+
+    #[test]
+    fn a_limit_is_named() {
+        let mut bytes = state().to_bytes();
+        bytes[28..32].copy_from_slice(&u32::MAX.to_le_bytes());
+        repair(&mut bytes);
+        let error = MachineState::from_bytes(&bytes).unwrap_err();
+        let expected = DecodeError::Limit { field: "number of vCPUs", found: u64::from(u32::MAX), limit: 4096 };
+        assert_eq!(error, expected);
+        let mut bytes = state().to_bytes();
+        bytes[8] = 9;
+        assert_eq!(MachineState::from_bytes(&bytes).unwrap_err(), DecodeError::Version { found: 9, supported: 1 });
+    }
+
+    #[test]
+    fn something_appended_is_an_error_even_with_a_right_header() {
+        let mut bytes = state().to_bytes();
+        bytes.push(0);
+        let length = bytes.len() as u64;
+        bytes[16..24].copy_from_slice(&length.to_le_bytes());
+        repair(&mut bytes);
+        assert_eq!(MachineState::from_bytes(&bytes).unwrap_err(), DecodeError::Excess { excess: ByteSize::new(1) });
+    }
+
+    /// Found by fuzzing (`kvm_state`): it was accepted, filled up, and came back as other bytes.
+    #[test]
+    fn an_xsave_area_that_no_kernel_has_is_refused() {
+        // Up to the area's size a vCPU without optional parts is fixed: 16 bytes of numbers, then three register sets.
+        let fixed = 16 + 144 + 312 + 128;
+        for (size, accepted) in [(0u32, false), (4095, false), (4096, true)] {
+            let mut bytes = [MAGIC.as_slice(), &FORMAT_VERSION.to_le_bytes(), &[0; 16], &1u32.to_le_bytes()].concat();
+            bytes.resize(HEADER_SIZE + fixed, 0);
+            bytes.extend(size.to_le_bytes());
+            // The area, no MSR of either kind, the events.
+            bytes.resize(bytes.len() + size as usize + 8 + 64, 0);
+            let length = bytes.len() as u64;
+            bytes[CHECKED_FROM..CHECKED_FROM + 8].copy_from_slice(&length.to_le_bytes());
+            let checksum = crc32fast::hash(&bytes[CHECKED_FROM..]);
+            bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+            match MachineState::from_bytes(&bytes) {
+                Ok(state) => assert!(accepted && state.to_bytes() == bytes),
+                Err(error) => {
+                    assert!(!accepted && matches!(error, DecodeError::TooSmall { least: 4096, .. }), "{error}");
+                }
+            }
+        }
     }
 }

@@ -130,6 +130,16 @@ pub enum DecodeError {
         /// The most it may say.
         limit: u64,
     },
+    /// A field says less than the format allows.
+    #[error("{field} is {found}, and at least {least} in every encoding from `to_bytes`")]
+    TooSmall {
+        /// Which field.
+        field: &'static str,
+        /// What it says.
+        found: u64,
+        /// The least it may say.
+        least: u64,
+    },
     /// The bytes end inside a field although the length matches.
     #[error("the encoding ends inside {field}; it is not from `to_bytes`")]
     Truncated {

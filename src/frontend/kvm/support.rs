@@ -10,6 +10,7 @@ use kvm_bindings::{
 use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd, VmFd};
 
 use super::call::KvmCall;
+use super::chips::Irqchips;
 use super::error::KvmError;
 use super::host::KvmHost;
 use super::machine_error;
@@ -75,7 +76,7 @@ impl KvmSupport {
         probe.vcpu(host, &vcpu);
         probe.machine(&vm);
         let index = VcpuIndex::new(0);
-        let refused = match MsrValues::capture(host.msrs(), &vcpu, index) {
+        let refused = match MsrValues::capture(host.msrs(), &vcpu, index, Irqchips::InKernel) {
             Ok(values) => {
                 if let Err(error) = values.load(&vcpu, index) {
                     probe.note(KvmCall::SetMsrs, error.to_string());
