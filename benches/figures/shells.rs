@@ -27,7 +27,7 @@ fn host() -> Result<Arc<KvmHost>, Skip> {
 }
 
 fn pool(host: &Arc<KvmHost>, size: ByteSize, devices: Devices) -> Result<ShellPool, Skip> {
-    let pool = ShellPool::new(shape(host, size, devices)?, PoolLimits { ready: 2, ..PoolLimits::default() })?;
+    let pool = ShellPool::new(shape(host, size, devices)?, PoolLimits { ready: 8, ..PoolLimits::default() })?;
     pool.wait_filled()?;
     Ok(pool)
 }

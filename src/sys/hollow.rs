@@ -102,6 +102,32 @@ impl HollowVm {
         &self.vcpus
     }
 
+    /// Lets each vCPU do what the kernel does the first time one is run, without entering the guest: `KVM_RUN` with
+    /// `immediate_exit` returns before it. Some 15 µs that the fork's own first run then has not to spend.
+    ///
+    /// Left out before Linux 6.12: there a vCPU that changes threads waits for an RCU grace period in its next run, milliseconds, and a
+    /// shell is made by another thread than the one that runs it.
+    ///
+    /// # Errors
+    /// If the call returns anything but that it was told not to enter.
+    pub(crate) fn warm(&mut self) -> io::Result<()> {
+        if !vcpus_change_threads_freely() {
+            return Ok(());
+        }
+        for vcpu in &mut self.vcpus {
+            vcpu.set_kvm_immediate_exit(1);
+            let stopped = match vcpu.run() {
+                Err(error) => io::Error::from_raw_os_error(error.errno()),
+                Ok(exit) => io::Error::other(format!("a vCPU that was told to stop at once reports {exit:?}")),
+            };
+            vcpu.set_kvm_immediate_exit(0);
+            if stopped.kind() != io::ErrorKind::Interrupted {
+                return Err(stopped);
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the machine out, now that RAM lies where its slots point, which the result keeps mapped.
     ///
     /// # Errors
@@ -117,5 +143,29 @@ impl HollowVm {
             slots.push(Slot::adopt(&self.vm, slot.number, Arc::new(memory)));
         }
         Some(FilledVm { vcpus: self.vcpus, slots, vm: self.vm })
+    }
+}
+
+/// Whether this kernel is 6.12 or later. False if it cannot be told.
+fn vcpus_change_threads_freely() -> bool {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| at_least_6_12(&release))
+}
+
+fn at_least_6_12(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 12)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_told_apart() {
+        for (release, new) in
+            [("6.18.44-fc\n", true), ("6.12.0", true), ("7.0-rc1", true), ("6.9.1", false), ("x", false)]
+        {
+            assert_eq!(at_least_6_12(release), new, "{release}");
+        }
     }
 }

@@ -20,7 +20,7 @@ pub struct ForkTimings {
     pub flush: Duration,
     /// The engine's cut of RAM and all disks.
     pub cut: Duration,
-    /// The embedder's taking its guest to where RAM goes on. Zero for a fork in place.
+    /// The embedder's taking its guest to where RAM goes on. Next to nothing for a fork in place.
     pub relocate: Duration,
     /// The embedder's resume.
     pub resume: Duration,

@@ -220,7 +220,9 @@ impl Drop for LeftView {
         let Some(layer) = self.own.as_ref().filter(|_| self.mapping.is_kept()) else { return };
         // Somebody still has the old addresses, through which they could write into what is sealed. They stay mapped, and show the same
         // bytes, but writes go nowhere else any more.
-        tracing::warn!("old addresses of RAM are still in use after it was moved: let go of them in Relocate::relocate");
+        tracing::warn!(
+            "old addresses of RAM are still in use after it was moved: let go of them in Relocate::relocate"
+        );
         if let Err(error) = self.mapping.in_place_remap(&layer.file) {
             tracing::warn!(%error, "and could not be cut off from the fork point");
         }

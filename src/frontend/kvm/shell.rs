@@ -159,7 +159,16 @@ pub enum ShellError {
     Shape(&'static str),
 }
 
-/// A machine that waits for RAM and state.
+/// A machine that waits for RAM and state. Used once, by value:
+///
+/// ```compile_fail,E0382
+/// # use offshoot::{backing::PlacedRam, frontend::kvm::{MachineState, Shell, ShellError}};
+/// fn twice(shell: Shell, ram: &PlacedRam, state: &MachineState) -> Result<(), ShellError> {
+///     shell.enter(ram, state)?;
+///     shell.enter(ram, state)?; // it was used up
+///     Ok(())
+/// }
+/// ```
 pub struct Shell {
     vm: HollowVm,
     hole: AddressHole,
@@ -186,6 +195,7 @@ impl Shell {
             vm.add_vcpu().map_err(|source| KvmError::Vcpu { call: KvmCall::CreateVcpu, vcpu: index, source })?;
             plan.prepare(&shape.host, &vm.vcpus()[position], index)?;
         }
+        vm.warm().map_err(refused(KvmCall::Run))?;
         Ok(Self { vm, hole, shape: shape.clone(), ticket: None })
     }
 

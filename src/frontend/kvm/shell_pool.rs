@@ -1,7 +1,9 @@
 //! Shells in store: a bounded number of one shape, made by a thread of the pool's own.
 //!
 //! The thread belongs to the pool and ends with it. One lock guards the shelf; it is held to take a shell off or put one on,
-//! never while one is built. Admission is checked where a shell is built, which nobody waits for: a process short of
+//! never while one is built. Building competes with a fork that is under way for processors and for the lock on the address space
+//! (0.1 ms of a fork became 1 to 2), so the thread waits until half of the shelf is empty and nobody has taken a shell for a moment; an
+//! empty shelf is filled at once. Admission is checked where a shell is built, which nobody waits for: a process short of
 //! descriptors or mappings gets an error that names the limit, and not a fork that fails half-way. Must not know what shells are
 //! used for, but for [`ShellPool::spawn`], which is what they are mostly used for.
 
@@ -11,6 +13,7 @@ use std::mem::take;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -25,8 +28,10 @@ use crate::{BoxError, CloneSpec, ForkPoint, SpawnError, Vm};
 /// What a pool may hold.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PoolLimits {
-    /// Shells kept ready. The thread starts to refill when half of them are gone, so that it does not compete with each fork.
+    /// Shells kept ready. The thread starts to refill when half of them are gone.
     pub ready: u32,
+    /// How long nobody must have taken a shell before the thread builds the next, unless none is left.
+    pub quiet: Duration,
     /// Shells that exist at once: ready, or taken and not yet entered.
     pub alive: u32,
     /// Descriptors that a new shell must leave free in this process.
@@ -36,9 +41,9 @@ pub struct PoolLimits {
 }
 
 impl Default for PoolLimits {
-    /// 16 ready, 64 alive, 64 descriptors and 1,024 mappings left free.
+    /// 16 ready, 2 ms of quiet, 64 alive, 64 descriptors and 1,024 mappings left free.
     fn default() -> Self {
-        Self { ready: 16, alive: 64, spare_descriptors: 64, spare_mappings: 1024 }
+        Self { ready: 16, quiet: Duration::from_millis(2), alive: 64, spare_descriptors: 64, spare_mappings: 1024 }
     }
 }
 
@@ -101,6 +106,8 @@ struct Shelf {
     /// Filled up to the target, or failed at it, since it was last woken.
     rested: bool,
     failed: Option<ShellError>,
+    /// Before this nothing is built, unless the shelf is empty.
+    quiet_until: Option<Instant>,
     stopping: bool,
 }
 
@@ -188,6 +195,10 @@ impl Shared {
                 self.work.wait(&mut shelf);
                 continue;
             }
+            if let Some(until) = shelf.quiet_until.filter(|until| !shelf.ready.is_empty() && Instant::now() < *until) {
+                self.work.wait_until(&mut shelf, until);
+                continue;
+            }
             drop(shelf);
             let built = self.build();
             shelf = self.shelf.lock();
@@ -239,6 +250,7 @@ impl ShellPool {
     pub fn try_take(&self) -> Option<Shell> {
         let mut shelf = self.shared.shelf.lock();
         let shell = shelf.ready.pop_front();
+        shelf.quiet_until = Some(Instant::now() + self.shared.limits.quiet);
         if shelf.ready.len() * 2 <= shelf.target as usize {
             self.shared.wake(&mut shelf);
         }
@@ -286,6 +298,7 @@ impl ShellPool {
     pub fn wait_filled(&self) -> Result<(), ShellError> {
         let mut shelf = self.shared.shelf.lock();
         if shelf.ready.len() < shelf.target as usize {
+            shelf.quiet_until = None;
             self.shared.wake(&mut shelf);
         }
         while !shelf.rested {
