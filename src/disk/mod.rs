@@ -208,15 +208,25 @@ impl Disk {
         if pages.is_empty() {
             return self.fill_zero(start, end);
         }
-        // The edges first: they can fail for want of memory, and the whole pages only give memory back. A first edge
-        // that was zeroed is private by then, so putting it back cannot fail.
-        let head = size.start_of(pages.start()).get();
-        let mut saved = vec![0; (head - start) as usize];
-        self.space.read(ByteOffset::new(start), &mut saved)?;
-        self.fill_zero(start, head)?;
-        let tail = self.fill_zero(size.start_of(pages.end()).get().min(end), end);
-        if let Err(error) = tail.and_then(|()| Ok(self.space.zero(pages)?)) {
-            self.space.write(ByteOffset::new(start), &saved)?;
+        // The edges first: they can fail for want of memory. An edge that was zeroed is private by then, so putting it
+        // back cannot fail.
+        let edges = [(start, size.start_of(pages.start()).get()), (size.start_of(pages.end()).get().min(end), end)];
+        let mut saved = Vec::with_capacity(edges.len());
+        for (from, to) in edges {
+            let mut bytes = vec![0; (to - from) as usize];
+            self.space.read(ByteOffset::new(from), &mut bytes)?;
+            saved.push((ByteOffset::new(from), bytes));
+        }
+        let mut zeroed = 0;
+        let edges = edges.into_iter().try_for_each(|(from, to)| {
+            self.fill_zero(from, to)?;
+            zeroed += 1;
+            Ok(())
+        });
+        if let Err(error) = edges.and_then(|()| Ok(self.space.zero(pages)?)) {
+            for (at, bytes) in &saved[..zeroed] {
+                self.space.write(*at, bytes)?;
+            }
             return Err(error);
         }
         Ok(())

@@ -45,8 +45,13 @@ impl<B: PageBody> RamView<'_, B> {
         let size = ByteSize::new(T::SIZE as u64);
         match self.longest.locate(at, size) {
             Some(offset) => Ok(offset),
-            None => self.layout.locate(at, size),
+            None => self.locate_elsewhere(at, size),
         }
+    }
+
+    #[cold]
+    fn locate_elsewhere(&self, at: GuestAddress, len: ByteSize) -> Result<ByteOffset, RamError> {
+        self.layout.locate(at, len)
     }
 
     /// Loads one word.

@@ -12,11 +12,13 @@
 //!
 //! Where RAM goes on is a [`Route`]; everything else is the same for all of them. Must not know what the spaces are made of.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use tracing::debug_span;
 
 use super::timings::Stopwatch;
 use super::{
-    BoxError, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
+    BoxError, Busy, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
 };
 use crate::backing::{Backing, Cut, Deferred};
 use crate::disk::DiskImage;
@@ -24,7 +26,8 @@ use crate::error::SpaceError;
 use crate::page::ByteSize;
 use crate::ram::Ram;
 
-/// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call.
+/// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call; a guest that was paused for it
+/// and could not be resumed leaves the VM [`VmStatus::Paused`] whatever the error.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ForkError {
@@ -60,19 +63,26 @@ pub enum ForkError {
     Resume(#[source] BoxError),
 }
 
-/// A guest that this fork paused; resumed on drop unless that was done.
-struct PausedGuest<'g, G: Guest + ?Sized> {
+/// A guest that this fork paused, and the status of its VM; resumed on drop unless that was done.
+struct PausedGuest<'a, 'g, B: Backing, G: Guest + ?Sized> {
+    busy: Busy<'a, B>,
     guest: &'g mut G,
     resume: bool,
 }
 
-impl<G: Guest + ?Sized> PausedGuest<'_, G> {
+impl<B: Backing, G: Guest + ?Sized> PausedGuest<'_, '_, B, G> {
+    /// Runs the guest on. Unless that goes well, by an error or a panic, the VM stands paused afterwards.
     fn resume(&mut self) -> Result<(), BoxError> {
-        if std::mem::take(&mut self.resume) { self.guest.resume() } else { Ok(()) }
+        if std::mem::take(&mut self.resume) {
+            let runs = std::mem::replace(&mut self.busy.after, VmStatus::Paused);
+            self.guest.resume()?;
+            self.busy.after = runs;
+        }
+        Ok(())
     }
 }
 
-impl<G: Guest + ?Sized> Drop for PausedGuest<'_, G> {
+impl<B: Backing, G: Guest + ?Sized> Drop for PausedGuest<'_, '_, B, G> {
     fn drop(&mut self) {
         // Reached on an error or a panic of the embedder's: the guest must run on. If it cannot, the caller already has an error.
         if let Err(error) = self.resume() {
@@ -110,7 +120,7 @@ impl<B: Backing> Vm<B> {
     ) -> Result<ForkPoint<B>, ForkError> {
         let _span = debug_span!("fork", vm = %self.identity.name).entered();
         let mut clock = Stopwatch::start();
-        let mut busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        let busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
         let mut timings = ForkTimings::default();
 
         route.prepare(guest)?;
@@ -120,7 +130,7 @@ impl<B: Backing> Vm<B> {
         if was_running {
             debug_span!("pause").in_scope(|| guest.pause()).map_err(ForkError::Pause)?;
         }
-        let mut guest = PausedGuest { guest, resume: was_running };
+        let mut guest = PausedGuest { busy, guest, resume: was_running };
         timings.pause = clock.lap();
 
         let device = debug_span!("save").in_scope(|| guest.guest.save()).map_err(ForkError::Save)?;
@@ -149,7 +159,8 @@ impl<B: Backing> Vm<B> {
                 images.push((name.clone(), DiskImage::new(image, disk)));
             }
             let layout = self.ram.layout().clone();
-            (PointParts { layout, ram, disks: images, device, parent: self.identity.name.clone() }, deferred)
+            let (parent, clones) = (self.identity.name.clone(), self.clones.clone());
+            (PointParts { layout, ram, disks: images, device, parent, clones }, deferred)
         };
         timings.cut += clock.lap();
 
@@ -158,10 +169,11 @@ impl<B: Backing> Vm<B> {
                 guest.resume = false;
                 self.ram.freeze();
                 self.disks.iter().for_each(|(_, disk)| disk.freeze());
-                busy.after = VmStatus::Frozen;
-                Ok(())
+                guest.busy.after = VmStatus::Frozen;
+                Ok(Ok(()))
             }
-            Afterwards::RunOn => debug_span!("resume").in_scope(|| guest.resume()),
+            // A panic is held back until the fork point is in place: the cut is made.
+            Afterwards::RunOn => catch_unwind(AssertUnwindSafe(|| debug_span!("resume").in_scope(|| guest.resume()))),
         };
         timings.resume = clock.lap();
         timings.total = clock.total();
@@ -172,12 +184,10 @@ impl<B: Backing> Vm<B> {
         let replaced = self.life.lock().origin.replace(point.clone());
         drop(replaced);
         match resumed {
-            Ok(()) => Ok(point),
-            Err(error) => {
-                // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
-                busy.after = VmStatus::Paused;
-                Err(ForkError::Resume(error))
-            }
+            Ok(Ok(())) => Ok(point),
+            // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
+            Ok(Err(error)) => Err(ForkError::Resume(error)),
+            Err(panic) => resume_unwind(panic),
         }
     }
 

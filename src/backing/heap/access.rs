@@ -112,8 +112,9 @@ impl<B: PageBody> State<B> {
     /// Makes a page private, unless another CPU did so first: a normal outcome of two first writes, after which both write into the
     /// winner's page. The loser's was never seen by anybody.
     fn install(&self, page: PageIndex, new: Page<B>) {
+        // Locked before the page can be seen: who has written to the winner's page finds it in the next index.
+        let mut next = self.next.lock();
         if let Ok(own) = self.live.install(page, Arc::new(new)) {
-            let mut next = self.next.lock();
             let bytes = next.index.set(PageRange::one(page), &PageState::Data(own.clone()));
             next.table_bytes += bytes;
         }
@@ -170,7 +171,8 @@ words!(u8, u16, u32, u64);
 /// Access to a heap space with its lock taken once: for a simulator that runs a batch of instructions.
 ///
 /// Any number of views exist at once. A cut waits until all are dropped, for two seconds: drop yours when the guest is paused,
-/// and never call `cut`, `reset` or `zero` of the same space while holding one.
+/// and call nothing of the same space while holding one. `cut`, `reset` and `zero` would wait for this very view and fail; all
+/// other calls stand behind a cut that waits for it, and make that one fail.
 pub struct HeapView<'a, B: PageBody> {
     state: RwLockReadGuard<'a, State<B>>,
     /// Bytes in the space.

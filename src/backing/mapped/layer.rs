@@ -139,6 +139,11 @@ impl<'a> LayerBuilder<'a> {
         Ok(())
     }
 
+    /// Takes `range` to be zeroes, unread. In order with what is copied.
+    pub(super) fn leave_out(&mut self, range: PageRange) {
+        self.holes.push(range);
+    }
+
     fn is_zero(&self, mapping: &Mapping, page: PageIndex, bytes: &mut [u8]) -> Result<bool, SpaceError> {
         let at = self.geometry.page_size().start_of(page);
         // Most pages that hold anything hold something in their first word.

@@ -1,0 +1,84 @@
+//! A running virtual machine is forked into a thousand running clones, which run on from the same instruction, diverge and
+//! outlive it; then every one of them is checked.
+//!
+//! ```text
+//! cargo run --release --example instant_clone
+//! ```
+//!
+//! It is also a small VMM that shows how the engine is embedded. To read in this order:
+//!
+//! | file | what it shows |
+//! |---|---|
+//! | `machine.rs` | **the embedding**: a VM with vCPU threads, pause, save, resume, fork, clone |
+//! | `hypervisor.rs` | what the machine needs of whatever executes guests |
+//! | `sim/` | that, for a RISC-V simulator over the engine's RAM |
+//! | `board.rs`, `disk.rs` | the devices: a doorbell and a disk |
+//! | `guest.rs` | what guests do, and what their pages look like |
+//! | `scenario.rs` | the job, step by step |
+//! | `model.rs`, `witness.rs`, `check.rs` | how it is known that nothing leaked |
+
+mod board;
+mod check;
+mod disk;
+mod guest;
+mod hypervisor;
+mod machine;
+mod memory;
+mod model;
+mod options;
+mod pool;
+mod random;
+mod report;
+mod scenario;
+mod sim;
+mod witness;
+
+use std::process::ExitCode;
+
+use offshoot::BoxError;
+
+use options::{Backend, Command, HELP, Options, Output};
+use report::Report;
+
+const FAILED: u8 = 1;
+const BAD_OPTIONS: u8 = 2;
+
+fn main() -> ExitCode {
+    let options = match options::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Run(options)) => options,
+        Ok(Command::Help) => {
+            println!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Err(wrong) => {
+            eprintln!("error: {wrong}\n\n{HELP}");
+            return ExitCode::from(BAD_OPTIONS);
+        }
+    };
+    let report = match run(&options) {
+        Ok(report) => report,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(FAILED);
+        }
+    };
+    match options.output {
+        Output::Text => print!("{}", report.text()),
+        Output::Json => println!("{}", report.json()),
+    }
+    for violation in &report.findings.examples {
+        eprintln!("violation: {violation}");
+    }
+    if report.findings.violations == 0 { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
+}
+
+fn run(options: &Options) -> Result<Report, BoxError> {
+    match options.backend {
+        Some(Backend::Sim) => scenario::run(sim::Simulator, options),
+        Some(Backend::Kvm) => Err("this build has no KVM backend yet: use --backend sim".into()),
+        None => {
+            eprintln!("KVM is not used: guests run in the simulator");
+            scenario::run(sim::Simulator, options)
+        }
+    }
+}

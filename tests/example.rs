@@ -1,0 +1,113 @@
+//! The main example as a user runs it: exit codes, the JSON report, and that its check can fail.
+//!
+//! It is run through cargo, which builds what is missing, in the profile of this test. Sizes are small here; the full run is the
+//! example's own.
+
+use std::process::{Command, Output};
+
+fn run(args: &str) -> Output {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["run", "--quiet", "--example", "instant_clone"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    cargo.arg("--").args(args.split_whitespace());
+    cargo.output().expect("cargo can be run")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("the example writes text")
+}
+
+/// The number after a key's first place.
+fn number(json: &str, key: &str) -> f64 {
+    let quoted = format!("\"{key}\":");
+    let (_, rest) = json.split_once(&quoted).unwrap_or_else(|| panic!("no {key} in {json}"));
+    let end = rest.find([',', '}']).expect("something follows");
+    rest[..end].parse().unwrap_or_else(|_| panic!("{key} is no number in {json}"))
+}
+
+/// Checks a report of 12 clones to depth 3 that came out well.
+fn assert_good_report(output: &Output, backend: &str, ram: f64) {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json = text(&output.stdout).trim_end();
+    assert!(json.starts_with('{') && json.ends_with('}') && !json.contains('\n'), "one object on one line: {json}");
+    assert_eq!(json.matches('{').count(), json.matches('}').count());
+    assert!(json.contains(&format!("\"backend\":\"{backend}\"")), "{json}");
+    assert_eq!(number(json, "clones"), 12.0);
+    assert_eq!(number(json, "depth"), 3.0);
+    assert_eq!(number(json, "ram_bytes"), ram);
+    assert_eq!(number(json, "violations"), 0.0);
+    // 12 clones, all of them forked again into 4, and 16 of those into 4 again.
+    assert_eq!(number(json, "vms"), 12.0 + 48.0 + 64.0);
+    assert_eq!(number(json, "full_copies_bytes"), 124.0 * ram);
+    assert!(number(json, "parent_steps_at_end") > number(json, "parent_steps_at_fork"));
+    // Each VM has visited 64 pages or more since its last fork; all of them share what the parent wrote.
+    assert!(number(json, "private_bytes") >= 124.0 * 64.0 * 4096.0);
+    assert!(number(json, "shared_bytes") > 0.0);
+    for stage in ["pause", "cut", "spawn", "first_instruction", "first_64_pages"] {
+        let (_, times) = json.split_once(&format!("\"{stage}\":")).unwrap_or_else(|| panic!("no {stage} in {json}"));
+        let [p50, p99, max] = ["p50_us", "p99_us", "max_us"].map(|key| number(times, key));
+        assert!(0.0 < p50 && p50 <= p99 && p99 <= max, "{stage}: {p50} {p99} {max}");
+    }
+    if cfg!(target_os = "linux") {
+        assert!(number(json, "resident_bytes") > 0.0);
+    }
+}
+
+#[test]
+fn the_simulator_clones_and_checks() {
+    let output = run("--backend sim --ram 32M --clones 12 --json");
+    assert_good_report(&output, "sim", f64::from(32 << 20));
+}
+
+#[test]
+fn several_vcpus_and_a_full_check() {
+    let output = run("--backend sim --ram 16M --clones 12 --vcpus 3 --check full --seed 7 --json");
+    assert_good_report(&output, "sim", f64::from(16 << 20));
+}
+
+#[test]
+fn the_report_can_be_read() {
+    let output = run("--backend sim --ram 8M --clones 2 --depth 1");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report = text(&output.stdout);
+    for part in ["first_instruction", "2 clones", "shared", "private", "as full copies", "to depth 1"] {
+        assert!(report.contains(part), "no {part} in:\n{report}");
+    }
+}
+
+#[test]
+fn one_wrong_byte_in_one_clone_is_found() {
+    for seed in 1..4 {
+        let output = run(&format!("--backend sim --ram 8M --clones 5 --json --inject-fault --seed {seed}"));
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(number(text(&output.stdout), "violations"), 1.0);
+        assert!(text(&output.stderr).contains("violation: clone-"), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn bad_options_are_explained() {
+    for (args, word) in [
+        ("--clones many", "--clones"),
+        ("--ram 3", "--ram"),
+        ("--depth 0", "--depth"),
+        ("--backend xen", "--backend"),
+        ("--frobnicate", "--frobnicate"),
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(2), "{args}");
+        let error = text(&output.stderr);
+        assert!(error.contains("error: ") && error.contains(word) && error.contains("Usage:"), "{error}");
+    }
+    let help = run("--help");
+    assert!(help.status.success() && text(&help.stdout).contains("--clones"));
+}
+
+#[test]
+fn what_the_simulator_cannot_do_is_said() {
+    let output = run("--backend sim --ram 8G --clones 1");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("at most 4G"), "{}", text(&output.stderr));
+}
