@@ -17,7 +17,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use super::options::Effort;
 use super::report::{Baseline, Goal, Outcome, Report, Row, Skip, Unit};
 use super::sample::{Round, Stats, timed};
-use super::subject::size_name;
+use super::subject::{needs_memory, size_name};
 use super::tiny_guest::{TinyGuest, run_once, shape};
 
 const DEVICES: [(&str, Devices); 2] = [("no chips", Devices::NONE), ("chips", Devices::FULL)];
@@ -40,6 +40,7 @@ pub fn pause(effort: &Effort, report: &mut Report) -> Outcome {
         let mut smallest = None;
         for &gib in sizes {
             let size = ByteSize::gib(gib);
+            needs_memory(size)?;
             let pool = pool(&host, size, devices)?;
             let mut round = Round::new(effort);
             for way in [Way::IntoShell, Way::InPlace] {

@@ -41,9 +41,9 @@ pub struct PoolLimits {
 }
 
 impl Default for PoolLimits {
-    /// 16 ready, 2 ms of quiet, 64 alive, 64 descriptors and 1,024 mappings left free.
+    /// 8 ready, 2 ms of quiet, 64 alive, 64 descriptors and 1,024 mappings left free.
     fn default() -> Self {
-        Self { ready: 16, quiet: Duration::from_millis(2), alive: 64, spare_descriptors: 64, spare_mappings: 1024 }
+        Self { ready: 8, quiet: Duration::from_millis(2), alive: 64, spare_descriptors: 64, spare_mappings: 1024 }
     }
 }
 
@@ -71,6 +71,10 @@ pub struct PoolStats {
 }
 
 /// A bounded store of shells of one shape.
+///
+/// A shell is not free while it waits: two descriptors and a mapping with one vCPU, kernel memory for its slots (some 2 MiB a GiB of RAM
+/// where KVM has no hardware paging), and a share of every first write to a shared page anywhere in the process, of which the kernel tells each
+/// machine in turn. Keep as many as come in one burst, and no more.
 ///
 /// ```no_run
 /// use offshoot::frontend::kvm::{MachineState, PoolLimits, ShellPool, ShellShape};
