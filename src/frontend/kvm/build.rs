@@ -58,7 +58,8 @@ impl VmBuilder {
     }
 
     /// Registers every region of an engine VM's RAM, as slots from 0 up. One call a region. The addresses are stable, so the slots stay
-    /// right through forks and resets, for which the vCPUs must be paused; the slots keep the memory mapped even if the VM goes first.
+    /// right through forks in place and resets, for which the vCPUs must be paused; a fork that moves RAM needs a
+    /// [`Shell`](super::Shell); the slots keep the memory mapped even if the VM goes first.
     ///
     /// # Errors
     /// As [`RamSlot::register`], and [`KvmError::Ram`].
