@@ -27,8 +27,12 @@ mod figures {
     pub mod options;
     pub mod report;
     pub mod sample;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod shells;
     pub mod spawn;
     pub mod subject;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod tiny_guest;
     pub mod tree;
 }
 
@@ -59,11 +63,17 @@ macro_rules! linux {
     };
 }
 
+/// A figure with a hypervisor: skipped, aloud, where there is none.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-const KVM: fn(&Effort, &mut Report) -> Outcome = figures::kvm::first_instruction;
+macro_rules! kvm {
+    ($($path:tt)*) => { figures::$($path)* };
+}
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-const KVM: fn(&Effort, &mut Report) -> Outcome =
-    |_, _| Err(figures::report::Skip::new("KVM is for Linux on x86-64 here"));
+macro_rules! kvm {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("KVM is for Linux on x86-64 here"))
+    };
+}
 
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
@@ -72,7 +82,13 @@ const FIGURES: &[Figure] = &[
     Figure { name: "first-write", what: "mapped face: breaking sharing", run: linux!(mapped::first_write) },
     Figure { name: "reset", what: "mapped face: dropping what a clone wrote", run: linux!(mapped::reset) },
     Figure { name: "memory", what: "engine memory of an idle clone", run: figures::spawn::memory },
-    Figure { name: "kvm", what: "a clone from nothing to its first guest instruction", run: KVM },
+    Figure {
+        name: "kvm",
+        what: "a clone from nothing to its first guest instruction",
+        run: kvm!(kvm::first_instruction),
+    },
+    Figure { name: "shell-pause", what: "KVM: the parent's pause in a first fork", run: kvm!(shells::pause) },
+    Figure { name: "shell-spawn", what: "KVM: a clone in a shell to its first instruction", run: kvm!(shells::spawn) },
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },

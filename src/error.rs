@@ -54,6 +54,22 @@ pub enum SpaceError {
         /// How long the call waited.
         waited: Duration,
     },
+    /// The addresses that RAM was to go to are taken.
+    #[error("something else of this process is mapped in the hole that RAM was to go to: take another hole")]
+    HoleTaken,
+    /// RAM is not moved while a lease of vm-memory, or memory made of one, has its addresses: it would go on writing to the old ones.
+    #[error(
+        "vm-memory has the addresses of RAM: drop every lease of it, and all memory made of them, before it is moved"
+    )]
+    Leased,
+    /// The hole is not as long as the space.
+    #[error("a hole of {hole} cannot take a space of {space}: pick one of the space's length")]
+    HoleLength {
+        /// The length of the hole.
+        hole: ByteSize,
+        /// The length of the space.
+        space: ByteSize,
+    },
     /// The image below failed.
     #[error(transparent)]
     Image(#[from] ImageError),

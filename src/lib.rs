@@ -91,6 +91,8 @@ mod vm;
 pub use account::{Limits, TreeUsage, Usage};
 pub use backing::Tree;
 pub use error::{ImageError, SpaceError, SystemError};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use vm::Relocate;
 pub use vm::{
     AtRest, BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, Fallback, ForkError,
     ForkPoint, ForkTimings, GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff,

@@ -16,9 +16,9 @@ mod mapped;
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
+pub use mapped::{AddressHole, HostRange, Mapped, MappedCut, MappedImage, PlacedRam};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub use mapped::{HostRange, Mapped, MappedCut, MappedImage};
+pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
 
 use std::fmt;
 use std::sync::Arc;

@@ -9,7 +9,7 @@
 //! Knows where the regions of RAM lie in this process; must not know how they are mapped, nor anything of forks.
 //!
 //! # What holds
-//! - The addresses never change. The same object goes on working through every fork and reset of its VM, in which devices
+//! - The same object goes on working through every [`Vm::fork`](crate::Vm::fork) and reset of its VM, in which devices
 //!   must stand still, as [`Guest`](crate::Guest) says; memory slots registered from it stay right.
 //! - What is written through vm-memory is the VM's own memory: its fork points hold it from then on, siblings never see it.
 //! - Regions that touch stay two regions, as vm-memory has it: accesses run across, but `get_slice` of one region and
@@ -17,6 +17,9 @@
 //! - The memory may outlive its VM. It then shows the VM's last content and can still be written.
 //!
 //! # What does not
+//! - [`Vm::fork_relocating`](crate::Vm::fork_relocating) moves the VM away from the addresses of every lease, and is refused with
+//!   [`SpaceError::Leased`] while there is one. Drop them, and what was made of them, before the call, and take new ones after it; a
+//!   VM with a [`leak`](RamLease::leak)ed lease is never moved.
 //! - A VM that was frozen is not protected from writes through vm-memory. Its fork point is.
 //! - Regions have no `file_offset`: a clone's memory is no file that others could map, so vhost-user back ends and
 //!   others that are handed descriptors cannot use it. vhost in the kernel works on addresses. What pins pages (VFIO)
@@ -69,6 +72,6 @@ use crate::ram::Ram;
 /// ```
 pub fn lease(ram: &Ram<Mapped>) -> Result<RamLease, SpaceError> {
     let regions = ram.layout().regions();
-    let ranges = regions.map(|(region, offset)| Ok((region.start, ram.space().keep(offset, region.len)?)));
+    let ranges = regions.map(|(region, offset)| Ok((region.start, ram.space().lease(offset, region.len)?)));
     Ok(RamLease::new(ranges.collect::<Result<_, SpaceError>>()?))
 }

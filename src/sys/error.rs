@@ -59,7 +59,7 @@ impl SysError {
 }
 
 /// How many mappings this process holds and how many it may; `None` where /proc cannot be read.
-fn mapping_limit() -> Option<(u64, u64)> {
+pub(super) fn mapping_limit() -> Option<(u64, u64)> {
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()?;
     let held = std::fs::read("/proc/self/maps").ok()?.iter().filter(|&&b| b == b'\n').count();
     Some((held as u64, limit))

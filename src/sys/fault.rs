@@ -26,6 +26,8 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
+    /// Any call that creates a part of a KVM machine ahead of need.
+    Kvm,
 }
 
 impl Call {
@@ -51,6 +53,7 @@ impl Call {
             Self::UffdRegister => "ioctl(UFFDIO_REGISTER)",
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
+            Self::Kvm => "ioctl(KVM)",
         }
     }
 }

@@ -325,6 +325,32 @@ impl Slot {
         unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         Ok(Self { vm: Arc::clone(vm), number, memory: ManuallyDrop::new(memory) })
     }
+
+    /// Registers addresses that nobody owns yet. The slot stays until the machine is gone, or [`adopt`](Self::adopt) makes it a
+    /// `Slot`. For [`hollow`](super::hollow) only, whose machines cannot run before that.
+    pub(super) fn register_hollow(
+        vm: &VmFd,
+        number: u32,
+        at: GuestAddress,
+        address: u64,
+        len: ByteSize,
+    ) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            flags: 0,
+            guest_phys_addr: at.get(),
+            memory_size: len.get(),
+            userspace_addr: address,
+        };
+        // SAFETY: only a running vCPU reaches memory through a slot, and the caller lets none run until the memory there is
+        // owned by what `adopt` is given.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    }
+
+    /// Takes over a slot that was registered before its memory was there.
+    pub(super) fn adopt(vm: &Arc<VmFd>, number: u32, memory: Arc<dyn HostMemory>) -> Self {
+        Self { vm: Arc::clone(vm), number, memory: ManuallyDrop::new(memory) }
+    }
 }
 
 impl Drop for Slot {

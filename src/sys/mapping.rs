@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice as Madvise, MapFlags};
@@ -79,6 +80,8 @@ pub(super) enum View {
 pub(crate) struct Mapping {
     /// Shared with the [`KeptRange`]s handed out: the addresses are unmapped when the last of them goes.
     pub(super) range: Arc<Reservation>,
+    /// Shared with the [`LeasedRange`]s handed out, which it counts.
+    pub(super) leases: Arc<()>,
     pub(super) geometry: Geometry,
     pub(super) view: View,
     /// From this page on, up to the next entry, this file is mapped. Empty: one kernel mapping over everything.
@@ -88,7 +91,7 @@ pub(crate) struct Mapping {
 }
 
 /// Part of a mapping's addresses, which stay mapped while this lives: for those who hold host pointers, such as memory slots.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct KeptRange {
     base: NonNull<u8>,
     len: ByteSize,
@@ -105,6 +108,34 @@ impl KeptRange {
     /// Length in bytes.
     pub(crate) fn len(&self) -> ByteSize {
         self.len
+    }
+
+    /// Part of it.
+    ///
+    /// # Errors
+    /// Out of range.
+    pub(crate) fn part(&self, at: ByteOffset, len: ByteSize) -> Result<Self, GeometryError> {
+        Geometry::new(self.len, PAGE)?.check(at, len)?;
+        // SAFETY: checked to lie in the range, which stays mapped.
+        let base = unsafe { self.base.add(at.get() as usize) };
+        Ok(Self { base, len, range: self.range.clone() })
+    }
+}
+
+/// A [`KeptRange`] through which safe code writes, whenever it likes. Counted, so that its mapping is not left behind.
+#[cfg(feature = "vm-memory")]
+#[derive(Debug)]
+pub(crate) struct LeasedRange {
+    kept: KeptRange,
+    // After the range, so that one who counts none finds nobody on the range either.
+    _lease: Arc<()>,
+}
+
+#[cfg(feature = "vm-memory")]
+impl LeasedRange {
+    /// The addresses, kept mapped.
+    pub(crate) fn kept(&self) -> &KeptRange {
+        &self.kept
     }
 }
 
@@ -126,6 +157,7 @@ impl Mapping {
         range.map_over(0, bytes, file.as_fd(), MapFlags::SHARED)?;
         Ok(Self {
             range: Arc::new(range),
+            leases: Arc::default(),
             geometry,
             view: View::Shared(file.id()),
             extents: BTreeMap::new(),
@@ -154,6 +186,7 @@ impl Mapping {
         };
         Ok(Self {
             range: Arc::new(range),
+            leases: Arc::default(),
             geometry,
             view: View::Private(file.id()),
             extents: BTreeMap::new(),
@@ -290,6 +323,28 @@ impl Mapping {
         self.geometry.check(at, len)?;
         // Checked, so both fit an address.
         Ok(KeptRange { base: self.range.at(at.get() as usize), len, range: self.range.clone() })
+    }
+
+    /// As [`keep`](Self::keep), for safe code that may write there at any time.
+    ///
+    /// # Errors
+    /// Out of range.
+    #[cfg(feature = "vm-memory")]
+    pub(crate) fn lease(&self, at: ByteOffset, len: ByteSize) -> Result<LeasedRange, GeometryError> {
+        Ok(LeasedRange { kept: self.keep(at, len)?, _lease: self.leases.clone() })
+    }
+
+    /// Whether there are leases. If not, whatever was written through those that there were has been seen.
+    pub(crate) fn is_leased(&self) -> bool {
+        let leased = Arc::strong_count(&self.leases) > 1;
+        // With the decrement that the last of them made: counts are read without ordering.
+        fence(Ordering::Acquire);
+        leased
+    }
+
+    /// Whether anybody else keeps the addresses mapped.
+    pub(crate) fn is_kept(&self) -> bool {
+        Arc::strong_count(&self.range) > 1
     }
 
     /// Length in bytes.

@@ -21,6 +21,10 @@ pub(crate) mod access;
 pub(crate) mod error;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod freeze;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) mod headroom;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) mod hollow;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod iovec;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]

@@ -4,7 +4,7 @@
 //! one part of a region that its maker chooses, the bitmap. It knows address ranges and vm-memory's types; which range is
 //! whose RAM is the front end's business.
 //!
-//! Sound because: a [`KeptRange`] holds its addresses mapped, readable and writable; a region's bitmap cannot be moved
+//! Sound because: a [`LeasedRange`] holds its addresses mapped, readable and writable; a region's bitmap cannot be moved
 //! out or exchanged and is dropped with the region; everything that vm-memory hands out borrows from the region; and
 //! vm-memory touches memory through raw pointers and atomics only, so content that changes under it (a guest, a fork, a
 //! reset) is a race of bytes and no more.
@@ -18,7 +18,7 @@ use vm_memory::bitmap::{BS, Bitmap, NewBitmap, WithBitmapSlice};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
 
-use super::mapping::KeptRange;
+use super::mapping::LeasedRange;
 use crate::page::{ByteSize, GuestAddress};
 
 /// A VM's RAM as vm-memory knows it, which keeps its addresses mapped by itself.
@@ -33,7 +33,7 @@ pub type KeptMemory<B = ()> = GuestMemoryMmap<KeepAlive<B>>;
 pub struct KeepAlive<B = ()> {
     bitmap: B,
     // Never taken out: a region that lies on it may live as long as this.
-    _memory: Option<KeptRange>,
+    _memory: Option<LeasedRange>,
 }
 
 impl<B> Deref for KeepAlive<B> {
@@ -97,12 +97,12 @@ pub enum VmMemoryError {
 /// The addresses of a VM's RAM, kept mapped while this lives, whatever becomes of the VM: made by
 /// [`lease`](crate::frontend::vm_memory::lease), to be turned into vm-memory's types.
 pub struct RamLease {
-    ranges: Box<[(GuestAddress, KeptRange)]>,
+    ranges: Box<[(GuestAddress, LeasedRange)]>,
 }
 
 impl RamLease {
     /// Of ranges in ascending order of guest address.
-    pub(crate) fn new(ranges: Box<[(GuestAddress, KeptRange)]>) -> Self {
+    pub(crate) fn new(ranges: Box<[(GuestAddress, LeasedRange)]>) -> Self {
         Self { ranges }
     }
 
@@ -202,25 +202,26 @@ impl RamLease {
         mut bitmap: impl FnMut(ByteSize) -> B,
     ) -> Result<GuestMemoryMmap<B>, VmMemoryError> {
         collect(self.ranges.iter().map(|(at, kept)| {
-            let builder = builder(kept.len(), bitmap(kept.len()));
+            let (base, len) = (kept.kept().base(), kept.kept().len());
+            let builder = builder(len, bitmap(len));
             // SAFETY: the range is mapped for as long as the lease lives; the caller vouches for the rest.
-            (*at, unsafe { builder.with_raw_mmap_pointer(kept.base().as_ptr()) }.build())
+            (*at, unsafe { builder.with_raw_mmap_pointer(base.as_ptr()) }.build())
         }))
     }
 }
 
 impl fmt::Debug for RamLease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(self.ranges.iter().map(|(at, kept)| (at, kept.len()))).finish()
+        f.debug_map().entries(self.ranges.iter().map(|(at, kept)| (at, kept.kept().len()))).finish()
     }
 }
 
 /// A region that keeps its own memory mapped.
 fn kept_region<B: Bitmap>(
-    kept: KeptRange,
+    kept: LeasedRange,
     bitmap: impl FnOnce(ByteSize) -> B,
 ) -> Result<MmapRegion<KeepAlive<B>>, MmapRegionError> {
-    let (base, len) = (kept.base(), kept.len());
+    let (base, len) = (kept.kept().base(), kept.kept().len());
     let builder = builder(len, KeepAlive { bitmap: bitmap(len), _memory: Some(kept) });
     // SAFETY: `kept` is these very addresses. It moved into the bitmap, which lives as long as the region does.
     unsafe { builder.with_raw_mmap_pointer(base.as_ptr()) }.build()
@@ -262,7 +263,7 @@ mod tests {
     /// Two regions of two pages, the second above a hole.
     fn lease(mapping: &Mapping) -> RamLease {
         let half = ByteSize::kib(8);
-        let range = |at, from| (GuestAddress::new(at), mapping.keep(ByteOffset::new(from), half).unwrap());
+        let range = |at, from| (GuestAddress::new(at), mapping.lease(ByteOffset::new(from), half).unwrap());
         RamLease::new([range(0, 0), range(1 << 32, 8192)].into())
     }
 
@@ -310,14 +311,14 @@ mod tests {
     fn a_refused_leak_leaks_nothing() {
         let before = live::count();
         let mapping = mapping();
-        let keep = || mapping.keep(ByteOffset::ZERO, LEN).unwrap();
+        let keep = || mapping.lease(ByteOffset::ZERO, LEN).unwrap();
         let at = |at| GuestAddress::new(at);
         let overlap = RamLease::new([(at(0), keep()), (at(4096), keep())].into());
         let refused = overlap.leak(|_| ());
         assert!(matches!(refused, Err(VmMemoryError::Collection(GuestRegionCollectionError::MemoryRegionOverlap))));
         let wraps = RamLease::new([(at(u64::MAX - 4095), keep())].into());
         assert!(matches!(wraps.leak(|_| ()), Err(VmMemoryError::Overflow { len: LEN, .. })));
-        let askew = mapping.keep(ByteOffset::new(8), ByteSize::kib(4)).unwrap();
+        let askew = mapping.lease(ByteOffset::new(8), ByteSize::kib(4)).unwrap();
         let askew = RamLease::new([(at(0), askew)].into()).guest_memory();
         assert!(matches!(askew, Err(VmMemoryError::Region { error: MmapRegionError::InvalidPointer, .. })));
         drop(mapping);

@@ -6,10 +6,11 @@
 //! 3. *flush*: disks make their metadata durable.
 //! 4. *cut*: each space is locked and sealed; nobody can write any of them until all are, so the cut is one instant for the engine
 //!    whatever the embedder's pause was worth.
-//! 5. *commit*: cannot fail. The fork point exists.
-//! 6. *resume*: the guest runs on, over fresh overlays. What was put off is torn down after it.
+//! 5. *move*, if RAM goes on elsewhere: the embedder takes its guest there ([`relocate`](super::relocate)).
+//! 6. *commit*: cannot fail. The fork point exists.
+//! 7. *resume*: the guest runs on, over fresh overlays. What was put off is torn down after it.
 //!
-//! Must not know what the spaces are made of.
+//! Where RAM goes on is a [`Route`]; everything else is the same for all of them. Must not know what the spaces are made of.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
@@ -21,11 +22,12 @@ use super::{
     BoxError, Busy, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, PrecopyTimings, Teardown, Vm, VmStatus,
     point::PointParts,
 };
-use crate::backing::{Backing, Cut};
+use crate::backing::{Backing, Cut, Deferred};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
 use crate::gate::{FreezeGate, Shut};
 use crate::page::{ByteSize, PageCount};
+use crate::ram::Ram;
 
 /// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call; a guest that was paused for it
 /// and could not be resumed leaves the VM [`VmStatus::Paused`] whatever the error.
@@ -49,6 +51,12 @@ pub enum ForkError {
         /// The limit.
         limit: ByteSize,
     },
+    /// The embedder had no addresses for RAM to go to.
+    #[error("there is no place for RAM to go to, and the guest runs on: {0}")]
+    Hole(#[source] BoxError),
+    /// The embedder could not take its guest to RAM's new place.
+    #[error("the guest could not be moved, and runs on at its old place: {0}")]
+    Relocate(#[source] BoxError),
     /// A space could not be flushed or cut.
     #[error("the cut failed and was undone: {0}")]
     Cut(#[from] SpaceError),
@@ -108,7 +116,7 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ForkError`]. The VM runs on, unchanged, and nothing is left behind.
     pub fn fork(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
-        self.cut_now(guest, Afterwards::RunOn)
+        self.cut_all("fork", guest, InPlace, Afterwards::RunOn)
     }
 
     /// Freezes the VM: cuts it as [`Vm::fork`] does and leaves it stopped for good. Any number of clones start from the fork point and the
@@ -117,39 +125,32 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ForkError`]; a VM frozen already is [`ForkError::IllegalState`]: its fork point is [`Vm::origin`].
     pub fn freeze(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
-        self.cut_now(guest, Afterwards::StayFrozen)
+        self.cut_all("freeze", guest, InPlace, Afterwards::StayFrozen)
     }
 
-    pub(super) fn start_cut(&self, call: &'static str) -> Result<Started<'_, B>, IllegalState> {
-        let clock = Stopwatch::start();
-        let busy = self.begin(call, "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
-        Ok(Started { clock, busy })
-    }
-
-    /// The transaction with nothing prepared.
-    fn cut_now(&self, guest: &mut (impl Guest + ?Sized), afterwards: Afterwards) -> Result<ForkPoint<B>, ForkError> {
-        let mut started = self.start_cut(afterwards.call())?;
-        self.cut_all(guest, afterwards, &mut started, || Ok(RamCut { cut: self.ram.space().cut()?, precopy: None }))
-    }
-
-    /// The transaction. `cut_ram` is called with the guest paused; what it prepared before is its own to undo.
-    pub(super) fn cut_all<'a>(
+    /// The transaction, for the public function of that name.
+    pub(super) fn cut_all<'a, G: Guest + ?Sized>(
         &'a self,
-        guest: &mut (impl Guest + ?Sized),
+        call: &'static str,
+        guest: &mut G,
+        route: impl Route<'a, B, G>,
         afterwards: Afterwards,
-        started: &mut Started<'a, B>,
-        cut_ram: impl FnOnce() -> Result<RamCut<'a, B>, ForkError>,
     ) -> Result<ForkPoint<B>, ForkError> {
         let _span = debug_span!("fork", vm = %self.identity.name).entered();
-        let Started { clock, busy } = started;
+        let mut clock = Stopwatch::start();
         let mut timings = ForkTimings::default();
-        clock.lap();
+        let mut busy = self.begin(call, "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        // Dropped before the VM is free for others.
+        let mut route = route;
+
+        route.prepare(self, guest)?;
+        timings.prepare = clock.lap();
 
         let was_running = busy.before == VmStatus::Running;
         if was_running {
             debug_span!("pause").in_scope(|| guest.pause()).map_err(ForkError::Pause)?;
         }
-        let mut guest = PausedGuest { busy, guest, resume: was_running };
+        let mut guest = PausedGuest { busy: &mut busy, guest, resume: was_running };
         timings.pause = clock.lap();
 
         let device = debug_span!("save").in_scope(|| guest.guest.save()).map_err(ForkError::Save)?;
@@ -168,11 +169,15 @@ impl<B: Backing> Vm<B> {
             };
             // Every lock is taken and every fallible step done before anything is kept; an early return drops the
             // cuts made so far, and a dropped cut is undone.
-            let RamCut { cut: ram, precopy } = cut_ram()?;
-            timings.precopy = precopy;
+            let ram = route.cut(self, guest.guest)?;
+            timings.precopy = route.precopied();
             let disks: Vec<_> = self.disks.iter().map(|(_, disk)| disk.space().cut()).collect::<Result<_, _>>()?;
+            timings.cut = clock.lap();
+            let left_behind = route.relocate(&self.ram, &ram, guest.guest, &device)?;
+            timings.relocate = clock.lap();
             let (ram, ram_deferred) = ram.commit();
-            let mut deferred = vec![ram_deferred];
+            // In this order: what the guest left behind may still have the old view of RAM in use.
+            let mut deferred = vec![left_behind, ram_deferred];
             let mut images = Vec::with_capacity(disks.len());
             for (cut, (name, disk)) in disks.into_iter().zip(&self.disks) {
                 let (image, later) = cut.commit();
@@ -184,7 +189,7 @@ impl<B: Backing> Vm<B> {
             let (parent, clones) = (self.identity.name.clone(), self.clones.clone());
             (PointParts { layout, ram, disks: images, device, parent, clones }, deferred)
         };
-        timings.cut = clock.lap();
+        timings.cut += clock.lap();
 
         let resumed = match afterwards {
             Afterwards::StayFrozen => {
@@ -230,32 +235,47 @@ impl<B: Backing> Vm<B> {
     }
 }
 
-/// A cut under way: its clock runs and the VM is busy.
-pub(super) struct Started<'a, B: Backing> {
-    pub(super) clock: Stopwatch,
-    busy: Busy<'a, B>,
+/// How RAM is cut, and where it goes on.
+///
+/// Dropped after the guest runs on and before the VM is free for others: what it prepared it undoes there, if it was not used.
+pub(super) trait Route<'a, B: Backing, G: ?Sized> {
+    /// What can be done before the guest stands still.
+    fn prepare(&mut self, _vm: &'a Vm<B>, _guest: &mut G) -> Result<(), ForkError> {
+        Ok(())
+    }
+
+    /// Cuts RAM of a guest that stands still.
+    fn cut(&mut self, vm: &'a Vm<B>, _guest: &mut G) -> Result<B::Cut<'a>, ForkError> {
+        Ok(vm.ram.space().cut()?)
+    }
+
+    /// What was copied before the cut, and in it.
+    fn precopied(&self) -> Option<PrecopyTimings> {
+        None
+    }
+
+    /// Takes the guest to where RAM goes on: the last step that may fail. Returns what it leaves behind.
+    fn relocate(
+        &mut self,
+        _ram: &Ram<B>,
+        _cut: &B::Cut<'_>,
+        _guest: &mut G,
+        _device: &DeviceState,
+    ) -> Result<Deferred, ForkError> {
+        Ok(Deferred::default())
+    }
 }
 
-/// RAM's cut, and what was copied ahead of it.
-pub(super) struct RamCut<'a, B: Backing> {
-    pub(super) cut: B::Cut<'a>,
-    pub(super) precopy: Option<PrecopyTimings>,
-}
+/// RAM is cut with nothing prepared, and goes on where it is.
+struct InPlace;
+
+impl<B: Backing, G: ?Sized> Route<'_, B, G> for InPlace {}
 
 /// What becomes of the source.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Afterwards {
     RunOn,
     StayFrozen,
-}
-
-impl Afterwards {
-    fn call(self) -> &'static str {
-        match self {
-            Self::RunOn => "fork",
-            Self::StayFrozen => "freeze",
-        }
-    }
 }
 
 #[cfg(test)]

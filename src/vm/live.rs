@@ -4,14 +4,14 @@
 //! The cut itself is the transaction of every [fork](super::fork), with RAM's cut prepared ahead. Must not know how written pages
 //! are found.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, debug_span, warn};
 
-use super::fork::{Afterwards, RamCut, Started};
+use super::fork::{Afterwards, Route};
 use super::timings::{Fallback, PrecopyEnd, PrecopyRound, PrecopyTimings};
 use super::{ForkError, ForkPoint, Guest, Vm};
-use crate::backing::{Backing, Begun, Mapped, NoCut, PauseBound, Precopy, Round};
+use crate::backing::{Backing, Begun, Mapped, MappedCut, NoCut, PauseBound, Precopy, Round};
 use crate::page::PageCount;
 use crate::sys::uffd::UffdError;
 
@@ -133,62 +133,77 @@ impl Vm<Mapped> {
         policy: &LivePolicy,
         seam: Seam<'_>,
     ) -> Result<ForkPoint<Mapped>, ForkError> {
-        let mut started: Started<'_, Mapped> = self.start_cut("fork_live")?;
-        let space = self.ram().space();
-        let mut report = PrecopyTimings::new(PrecopyEnd::NotNeeded);
-        let span = debug_span!("precopy", vm = %self.identity().name);
-        // Dropped, and undone if there was no cut, when the guest runs again and before the VM is free for others.
-        let mut precopy = span.in_scope(|| match space.precopy()? {
-            Begun::NothingToCopy => Ok(None),
+        let report = PrecopyTimings::new(PrecopyEnd::NotNeeded);
+        self.cut_all("fork_live", guest, CopiedAhead { policy, seam, report, precopy: None }, Afterwards::RunOn)
+    }
+}
+
+/// RAM's cut is prepared by a pre-copy, and RAM goes on where it is.
+struct CopiedAhead<'a, 's> {
+    policy: &'s LivePolicy,
+    seam: Seam<'s>,
+    report: PrecopyTimings,
+    /// Unless there is nothing to copy, or no way to know what is written meanwhile.
+    precopy: Option<Precopy<'a>>,
+}
+
+impl<'a, G: Guest + ?Sized> Route<'a, Mapped, G> for CopiedAhead<'a, '_> {
+    fn prepare(&mut self, vm: &'a Vm<Mapped>, _: &mut G) -> Result<(), ForkError> {
+        let (start, name) = (Instant::now(), &vm.identity().name);
+        let _span = debug_span!("precopy", vm = %name).entered();
+        match vm.ram().space().precopy()? {
+            Begun::NothingToCopy => {}
             Begun::Unwatched { why, pause, pages } => {
                 let why = fallback(&why);
-                warn!(vm = %self.identity().name, %why, "a live fork falls back: pages are copied inside the pause");
-                report.estimate = pause;
-                report.end = policy.judge(pause, pages, PrecopyEnd::Fallback(why))?;
-                Ok(None)
+                warn!(vm = %name, %why, "a live fork falls back: pages are copied inside the pause");
+                self.report.estimate = pause;
+                self.report.end = self.policy.judge(pause, pages, PrecopyEnd::Fallback(why))?;
             }
-            Begun::Watching(mut precopy) => {
-                self.rounds(&mut precopy, policy, &mut report, seam)?;
-                Ok::<_, ForkError>(Some(precopy))
-            }
-        })?;
-        report.total = started.clock.lap();
-        self.cut_all(guest, Afterwards::RunOn, &mut started, || {
-            let Some(precopy) = &mut precopy else { return Ok(RamCut { cut: space.cut()?, precopy: Some(report) }) };
-            let live = precopy.cut(policy.bound()).map_err(|no| match no {
-                NoCut::TooLong(estimate, pages) => ForkError::PauseTooLong { estimate, limit: policy.max_pause, pages },
-                NoCut::Space(error) => error.into(),
-            })?;
-            report.last = self.account(live.last);
-            report.estimate = live.estimate;
-            report.end = policy.judge(live.estimate, live.last.pages, report.end)?;
-            debug!(
-                rounds = report.rounds().len(),
-                bytes = report.bytes().get(),
-                last_pages = report.last.pages.get(),
-                end = ?report.end,
-                "pre-copy done"
-            );
-            Ok(RamCut { cut: live.cut, precopy: Some(report) })
-        })
+            Begun::Watching(precopy) => self.rounds(vm, precopy)?,
+        }
+        self.report.total = start.elapsed();
+        Ok(())
     }
 
+    fn cut(&mut self, vm: &'a Vm<Mapped>, _: &mut G) -> Result<MappedCut<'a>, ForkError> {
+        let Some(precopy) = &mut self.precopy else { return Ok(vm.ram().space().cut()?) };
+        let (policy, report) = (self.policy, &mut self.report);
+        let live = precopy.cut(policy.bound()).map_err(|no| match no {
+            NoCut::TooLong(estimate, pages) => ForkError::PauseTooLong { estimate, limit: policy.max_pause, pages },
+            NoCut::Space(error) => error.into(),
+        })?;
+        report.last = account(vm, live.last);
+        report.estimate = live.estimate;
+        report.end = policy.judge(live.estimate, live.last.pages, report.end)?;
+        debug!(
+            rounds = report.rounds().len(),
+            bytes = report.bytes().get(),
+            last_pages = report.last.pages.get(),
+            end = ?report.end,
+            "pre-copy done"
+        );
+        Ok(live.cut)
+    }
+
+    fn precopied(&self) -> Option<PrecopyTimings> {
+        Some(self.report)
+    }
+}
+
+impl<'a> CopiedAhead<'a, '_> {
     /// Copies in rounds until few enough pages are left.
-    fn rounds(
-        &self,
-        precopy: &mut Precopy<'_>,
-        policy: &LivePolicy,
-        report: &mut PrecopyTimings,
-        seam: Seam<'_>,
-    ) -> Result<(), ForkError> {
+    fn rounds(&mut self, vm: &Vm<Mapped>, precopy: Precopy<'a>) -> Result<(), ForkError> {
+        // Undone, if it fails, with everything else.
+        let precopy = self.precopy.insert(precopy);
+        let (policy, report) = (self.policy, &mut self.report);
         report.end = PrecopyEnd::RoundsUsedUp;
         let mut left = PageCount::ZERO;
         for round in 0..policy.max_rounds.min(PrecopyTimings::MAX_ROUNDS) as usize {
             let found = precopy.look()?;
-            seam(Moment::Protected(round), precopy);
+            (self.seam)(Moment::Protected(round), precopy);
             left = found.count();
-            let done = self.account(precopy.copy(found)?);
-            seam(Moment::Copied(round), precopy);
+            let done = account(vm, precopy.copy(found)?);
+            (self.seam)(Moment::Copied(round), precopy);
             debug!(round, pages = left.get(), scan = ?done.scan, copy = ?done.copy, "pre-copy round");
             report.push(done);
             if left <= policy.target {
@@ -201,11 +216,11 @@ impl Vm<Mapped> {
         report.end = policy.judge(report.estimate, left, report.end)?;
         Ok(())
     }
+}
 
-    fn account(&self, round: Round) -> PrecopyRound {
-        let bytes = self.ram().layout().geometry().page_size().size_of(round.pages);
-        PrecopyRound { pages: round.pages, bytes, scan: round.scan, copy: round.copy }
-    }
+fn account(vm: &Vm<Mapped>, round: Round) -> PrecopyRound {
+    let bytes = vm.ram().layout().geometry().page_size().size_of(round.pages);
+    PrecopyRound { pages: round.pages, bytes, scan: round.scan, copy: round.copy }
 }
 
 fn fallback(why: &UffdError) -> Fallback {

@@ -10,6 +10,8 @@ mod identity;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod live;
 mod point;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod relocate;
 mod reset;
 mod timings;
 
@@ -20,6 +22,8 @@ pub use identity::{CloneSpec, Config, GenerationId, Identity, IdentityError, Mac
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use live::{LivePolicy, OnExceeded};
 pub use point::{ForkPoint, PointDiff, SpawnError};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use relocate::Relocate;
 pub use reset::ResetError;
 pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings, Teardown};
 

@@ -118,9 +118,18 @@ impl<B: Backing> ForkPoint<B> {
         spec: CloneSpec,
         customize: impl FnOnce(&Vm<B>) -> Result<(), BoxError>,
     ) -> Result<Vm<B>, SpawnError> {
+        self.spawn_from(B::Sealed::spawn, spec, customize)
+    }
+
+    pub(super) fn spawn_from(
+        &self,
+        ram: impl FnOnce(&B::Sealed) -> Result<B, SpaceError>,
+        spec: CloneSpec,
+        customize: impl FnOnce(&Vm<B>) -> Result<(), BoxError>,
+    ) -> Result<Vm<B>, SpawnError> {
         let _span = debug_span!("spawn", parent = %self.0.parts.parent).entered();
         let parts = &self.0.parts;
-        let ram = Ram::over(parts.layout.clone(), parts.ram.spawn()?);
+        let ram = Ram::over(parts.layout.clone(), ram(&parts.ram)?);
         let disks = parts.disks.iter().map(|(name, image)| Ok((name.clone(), Arc::new(image.spawn()?))));
         let disks = disks.collect::<Result<_, SpaceError>>()?;
         let identity = spec.identity(|| {

@@ -12,6 +12,8 @@ use crate::page::{ByteSize, PageCount};
 /// The time of each stage of one fork, in order. `pause` to `resume` is what the guest loses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ForkTimings {
+    /// What is done while the guest still runs: taking a shell, where it is to be moved; copying ahead, in a live fork.
+    pub prepare: Duration,
     /// The embedder's pause and drain.
     pub pause: Duration,
     /// The embedder's saving of device state.
@@ -20,6 +22,8 @@ pub struct ForkTimings {
     pub flush: Duration,
     /// The engine's cut of RAM and all disks.
     pub cut: Duration,
+    /// The embedder's taking its guest to where RAM goes on. Next to nothing for a fork in place.
+    pub relocate: Duration,
     /// The embedder's resume.
     pub resume: Duration,
     /// From the call to its return; what is put off is not in it.
@@ -31,7 +35,7 @@ pub struct ForkTimings {
 impl ForkTimings {
     /// How long the guest stood still: every stage but what comes before and after.
     pub fn stopped(&self) -> Duration {
-        self.pause + self.save + self.flush + self.cut + self.resume
+        self.pause + self.save + self.flush + self.cut + self.relocate + self.resume
     }
 }
 

@@ -4,7 +4,7 @@
 //! place; nothing is copied and the cost does not grow with RAM. Later: the private pages are found in the page
 //! tables and copied into a new layer; the commit lays it over them. Where they are so scattered that the mappings would exceed
 //! their limit, small gaps of clean pages are copied along. Live: the layer was made ahead by [`precopy`](super::precopy), and the
-//! private pages stay.
+//! private pages stay. Elsewhere: as the first or a later one but for the last step, which is in [`relocate`](super::relocate).
 //!
 //! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
 //! private, which shows the same bytes and only costs memory.
@@ -17,6 +17,7 @@ use parking_lot::RwLockWriteGuard;
 
 use super::image::layer_runs;
 use super::layer::{Content, Layer, LayerBuilder, Spot, seal_error};
+use super::relocate::Elsewhere;
 use super::{MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
 use crate::error::SpaceError;
@@ -31,51 +32,59 @@ const CHEAP_GAP: ByteSize = ByteSize::kib(4);
 
 /// A cut of mapped RAM; holds the space until it is committed or dropped.
 pub struct MappedCut<'a> {
-    state: RwLockWriteGuard<'a, State>,
-    sealed: MappedImage,
-    step: Step,
+    pub(super) state: RwLockWriteGuard<'a, State>,
+    pub(super) sealed: MappedImage,
+    pub(super) step: Step,
 }
 
-enum Step {
+pub(super) enum Step {
     /// The view was moved aside.
     First { aside: Option<MovedAside>, layer: Arc<Layer> },
     /// A layer was made of the private pages, and waits to be laid over them.
     Later,
     /// A layer was made ahead, and stays beside the private pages it was copied from.
     Live(Arc<Layer>),
+    /// The image is mapped at other addresses too.
+    Elsewhere(Elsewhere),
     /// Committed.
     Done,
 }
 
 impl<'a> MappedCut<'a> {
     pub(super) fn begin(mut state: RwLockWriteGuard<'a, State>) -> Result<Self, SpaceError> {
-        if matches!(state.view, View::Shared(_)) {
-            // Refused before the file is sealed, which cannot be undone.
-            state.origin.check_depth()?;
-            let layer = seal_own_file(&mut state)?;
-            let spot = Spot { layer: layer.clone(), content: Content::Data };
-            let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
-            let sealed = state.origin.child(index)?;
-            let aside = match state.mapping.move_aside(&layer.file) {
-                Ok(aside) => Some(aside),
-                Err(error) => return Err(state.note(error)),
-            };
-            state.view = View::Private;
-            return Ok(Self { state, sealed, step: Step::First { aside, layer } });
-        }
-        let written = state.written_pages()?;
-        let mut index = state.next_index();
-        if !written.is_empty() {
-            copy_written(&state, &written, &mut index)?;
-        }
-        let sealed = state.origin.child(index)?;
-        Ok(Self { state, sealed, step: Step::Later })
+        let (sealed, own) = seal(&mut state)?;
+        let Some(layer) = own else { return Ok(Self { state, sealed, step: Step::Later }) };
+        let aside = match state.mapping.move_aside(&layer.file) {
+            Ok(aside) => Some(aside),
+            Err(error) => return Err(state.note(error)),
+        };
+        state.view = View::Private;
+        Ok(Self { state, sealed, step: Step::First { aside, layer } })
     }
 
     /// A cut whose layer, sealed, was made ahead by a pre-copy, which undoes what it did if this is dropped.
     pub(super) fn live(state: RwLockWriteGuard<'a, State>, sealed: MappedImage, layer: Arc<Layer>) -> Self {
         Self { state, sealed, step: Step::Live(layer) }
     }
+}
+
+/// Makes the image of this instant, and with it, at the first cut, the layer that the space's own file becomes, sealed against new
+/// writers. The space's content, addresses and write protection stay what they are.
+pub(super) fn seal(state: &mut State) -> Result<(MappedImage, Option<Arc<Layer>>), SpaceError> {
+    if matches!(state.view, View::Shared(_)) {
+        // Refused before the file is sealed, which cannot be undone.
+        state.origin.check_depth()?;
+        let layer = seal_own_file(state)?;
+        let spot = Spot { layer: layer.clone(), content: Content::Data };
+        let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
+        return Ok((state.origin.child(index)?, Some(layer)));
+    }
+    let written = state.written_pages()?;
+    let mut index = state.next_index();
+    if !written.is_empty() {
+        copy_written(state, &written, &mut index)?;
+    }
+    Ok((state.origin.child(index)?, None))
 }
 
 /// Seals the file of a space that was never cut; a cut that was undone has done so already.
@@ -211,15 +220,22 @@ fn mappings_with(shown: &Index<Spot>, all: PageRange, over: &PageSet) -> u64 {
 }
 
 /// The old view, to be unmapped when nobody waits, and the layer whose last seal can be set only then.
-struct OldView {
-    aside: Option<MovedAside>,
-    layer: Arc<Layer>,
+pub(super) struct OldView<V> {
+    view: Option<V>,
+    layer: Option<Arc<Layer>>,
 }
 
-impl Drop for OldView {
+impl<V> OldView<V> {
+    pub(super) fn new(view: V, layer: Option<Arc<Layer>>) -> Self {
+        Self { view: Some(view), layer }
+    }
+}
+
+impl<V> Drop for OldView<V> {
     fn drop(&mut self) {
-        drop(self.aside.take());
-        match self.layer.file.finish_seal() {
+        drop(self.view.take());
+        let Some(layer) = self.layer.take() else { return };
+        match layer.file.finish_seal() {
             Ok(FinalSeal::Applied) => {}
             Ok(FinalSeal::StillMapped) => {
                 tracing::warn!("a layer is still mapped writable by somebody: drain pinned I/O before a fork");
@@ -239,7 +255,7 @@ impl Cut for MappedCut<'_> {
         let deferred = match replace(&mut self.step, Step::Done) {
             Step::First { aside, layer } => {
                 state.shown = self.sealed.index().clone();
-                Deferred::costly((OldView { aside, layer }, old))
+                Deferred::costly((OldView::new(aside, Some(layer)), old))
             }
             Step::Later => {
                 lay(state);
@@ -249,8 +265,9 @@ impl Cut for MappedCut<'_> {
             Step::Live(layer) => {
                 state.live_cut_committed();
                 // Only calls wrote the file, so the last seal is due as soon as nobody waits for it.
-                Deferred::cheap((OldView { aside: None, layer }, old))
+                Deferred::cheap((OldView::new((), Some(layer)), old))
             }
+            Step::Elsewhere(elsewhere) => elsewhere.commit(&mut self.state, &self.sealed, old),
             Step::Done => unreachable!("commit takes the cut"),
         };
         (self.sealed.clone(), deferred)

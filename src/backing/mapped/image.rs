@@ -124,14 +124,14 @@ impl MappedImage {
     }
 
     /// Maps the layers for a clone.
-    pub(super) fn map(&self) -> Result<Mapping, SpaceError> {
+    pub(super) fn map_at(&self, place: Placement) -> Result<Mapping, SpaceError> {
         let plan = self.plan();
         let (needed, limit) = (plan.mappings, self.0.tree.limits().mappings_per_vm);
         if needed > limit {
             return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
         }
         let extents: Vec<_> = plan.extents.iter().map(|(range, layer)| (*range, &*layer.file)).collect();
-        Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), Placement::Anywhere)?)
+        Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), place)?)
     }
 
     /// The pages of `range` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.

@@ -9,7 +9,7 @@
 //!
 //! A clone's RAM is private mappings of sealed files: the first write to a page is the kernel's own fault, there is no
 //! handler to wait for, and pages that are only read stay one physical copy. Which pages a VM has of its own is asked of the kernel's
-//! page tables. Host addresses are stable for the life of the space, through forks and resets.
+//! page tables. Host addresses are stable through forks and resets; a cut that moves the space ([`relocate`]) changes them.
 //!
 //! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since, and after a live fork for
 //! the pages that it copied: those stay private, with the origin's bytes, until they are written or a plain fork lays the layers over them.
@@ -21,12 +21,14 @@ mod cut;
 mod image;
 mod layer;
 mod precopy;
+mod relocate;
 #[cfg(test)]
 mod tests;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
 pub(crate) use precopy::{Begun, NoCut, PauseBound, Precopy, Round};
+pub use relocate::{AddressHole, PlacedRam};
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -43,10 +45,12 @@ use crate::error::{SpaceError, SystemError};
 use crate::image::Source;
 use crate::overlay::{Index, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet};
-use crate::ram::Ram;
-#[cfg(any(feature = "kvm", feature = "vm-memory"))]
+use crate::ram::{Ram, RamLayout};
+#[cfg(feature = "kvm")]
 use crate::sys::mapping::KeptRange;
-use crate::sys::mapping::Mapping;
+#[cfg(feature = "vm-memory")]
+use crate::sys::mapping::LeasedRange;
+use crate::sys::mapping::{Mapping, Placement};
 use crate::sys::memfd::Memfd;
 use crate::sys::pagemap::ScanMethod;
 
@@ -269,7 +273,7 @@ impl Mapped {
     }
 
     fn over(origin: MappedImage) -> Result<Self, SpaceError> {
-        let mapping = origin.map()?;
+        let mapping = origin.map_at(Placement::Anywhere)?;
         Ok(Self::with(origin, mapping, View::Private))
     }
 
@@ -313,15 +317,23 @@ impl Mapped {
         state.reset(Some(dirty))
     }
 
-    /// Where the space lies in this process, all of it. Stable for the life of the space; dereferencing it is the embedder's unsafe code.
+    /// Where the space lies in this process, all of it. Stable until the space is moved ([`crate::Vm::fork_relocating`]); dereferencing it is
+    /// the embedder's unsafe code.
     pub fn host_base(&self) -> NonNull<u8> {
         self.state.read().mapping.base()
     }
 
-    /// Part of the space's addresses, kept mapped for whoever holds host pointers.
-    #[cfg(any(feature = "kvm", feature = "vm-memory"))]
+    /// Part of the space's addresses, kept mapped for whoever holds host pointers. While the space is cut, and after it was moved, nobody
+    /// may write there.
+    #[cfg(feature = "kvm")]
     pub(crate) fn keep(&self, at: ByteOffset, len: ByteSize) -> Result<KeptRange, SpaceError> {
         Ok(self.shared()?.mapping.keep(at, len)?)
+    }
+
+    /// Part of the space's addresses, kept mapped for safe code that may write there at any time: the space is not moved while it lives.
+    #[cfg(feature = "vm-memory")]
+    pub(crate) fn lease(&self, at: ByteOffset, len: ByteSize) -> Result<LeasedRange, SpaceError> {
+        Ok(self.shared()?.mapping.lease(at, len)?)
     }
 
     /// Kernel mappings that it is made of, against [`Limits::mappings_per_vm`](crate::Limits::mappings_per_vm).
@@ -335,7 +347,7 @@ impl Mapped {
 pub struct HostRange {
     /// Its first guest address.
     pub guest: GuestAddress,
-    /// Its first host address. Valid while the [`Ram`] lives.
+    /// Its first host address. Valid while the [`Ram`] lives and is not moved.
     pub host: NonNull<u8>,
     /// Its length.
     pub len: ByteSize,
@@ -344,8 +356,9 @@ pub struct HostRange {
 impl Ram<Mapped> {
     /// Every region with its host address: what a hypervisor registers as memory slots.
     ///
-    /// The addresses stay valid and mean the same memory for as long as this `Ram` lives, through forks and resets. The guest must be
-    /// paused in those.
+    /// The addresses mean the same memory through [`Vm::fork`](crate::Vm::fork), resets and commits, in which the guest must be paused.
+    /// [`Vm::fork_relocating`](crate::Vm::fork_relocating) changes all of them: the old ones then show the fork point and must not be
+    /// used again. They are unmapped when this `Ram` and every [`Ram::place`] of them is gone.
     ///
     /// ```
     /// use offshoot::{Tree, backing::Mapped, page::*, ram::*};
@@ -355,12 +368,15 @@ impl Ram<Mapped> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn host_ranges(&self) -> impl ExactSizeIterator<Item = HostRange> + '_ {
-        let base = self.space().host_base();
-        self.layout().regions().map(move |(region, offset)| {
-            let addr = base.addr().saturating_add(offset.get() as usize);
-            HostRange { guest: region.start, host: base.with_addr(addr), len: region.len }
-        })
+        host_ranges(self.layout(), self.space().host_base())
     }
+}
+
+fn host_ranges(layout: &RamLayout, base: NonNull<u8>) -> impl ExactSizeIterator<Item = HostRange> + '_ {
+    layout.regions().map(move |(region, offset)| {
+        let addr = base.addr().saturating_add(offset.get() as usize);
+        HostRange { guest: region.start, host: base.with_addr(addr), len: region.len }
+    })
 }
 
 impl fmt::Debug for Mapped {

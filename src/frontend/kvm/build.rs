@@ -58,7 +58,8 @@ impl VmBuilder {
     }
 
     /// Registers every region of an engine VM's RAM, as slots from 0 up. One call a region. The addresses are stable, so the slots stay
-    /// right through forks and resets, for which the vCPUs must be paused; the slots keep the memory mapped even if the VM goes first.
+    /// right through forks in place and resets, for which the vCPUs must be paused; a fork that moves RAM needs a
+    /// [`Shell`](super::Shell); the slots keep the memory mapped even if the VM goes first.
     ///
     /// # Errors
     /// As [`RamSlot::register`], and [`KvmError::Ram`].
@@ -76,16 +77,22 @@ impl VmBuilder {
     /// # Errors
     /// [`KvmError::Machine`] names the call that the host refused.
     pub fn devices(self, devices: Devices) -> Result<VmWithDevices, KvmError> {
-        if devices.irqchips == Irqchips::InKernel {
-            self.vm.set_tss_address(TSS_ADDRESS).map_err(machine_error(KvmCall::SetTssAddr))?;
-            self.vm.create_irq_chip().map_err(machine_error(KvmCall::CreateIrqchip))?;
-        }
-        if devices.pit == Pit::InKernel {
-            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-            self.vm.create_pit2(config).map_err(machine_error(KvmCall::CreatePit2))?;
-        }
+        create_devices(&self.vm, devices)?;
         Ok(VmWithDevices { vm: self.vm, slots: self.slots })
     }
+}
+
+/// Creates the in-kernel devices of a machine that has its memory slots and no vCPU yet.
+pub(super) fn create_devices(vm: &VmFd, devices: Devices) -> Result<(), KvmError> {
+    if devices.irqchips == Irqchips::InKernel {
+        vm.set_tss_address(TSS_ADDRESS).map_err(machine_error(KvmCall::SetTssAddr))?;
+        vm.create_irq_chip().map_err(machine_error(KvmCall::CreateIrqchip))?;
+    }
+    if devices.pit == Pit::InKernel {
+        let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(config).map_err(machine_error(KvmCall::CreatePit2))?;
+    }
+    Ok(())
 }
 
 /// A machine being created, with its memory and devices: only the vCPUs are missing.
@@ -118,6 +125,10 @@ pub struct KvmMachine {
 }
 
 impl KvmMachine {
+    pub(super) fn from_parts(vm: Arc<VmFd>, vcpus: Vec<VcpuFd>, slots: Vec<RamSlot>) -> Self {
+        Self { vcpus, slots, vm }
+    }
+
     /// The VM's descriptor.
     pub fn vm(&self) -> &VmFd {
         &self.vm

@@ -22,9 +22,9 @@ use super::vcpu_error;
 /// frequency, and which devices the kernel emulates.
 #[derive(Clone)]
 pub struct MachinePlan {
-    host: Arc<KvmHost>,
-    vcpus: Vec<VcpuPlan>,
-    devices: Devices,
+    pub(super) host: Arc<KvmHost>,
+    pub(super) vcpus: Vec<VcpuPlan>,
+    pub(super) devices: Devices,
 }
 
 impl MachinePlan {

@@ -9,6 +9,8 @@
 //! | `host.rs` | [`KvmHost`]: what is asked of the host once |
 //! | `support.rs` | [`KvmSupport`]: which calls this host lacks, by name |
 //! | `build.rs` | [`VmBuilder`]: the order of creation that is fast |
+//! | `shell.rs` | [`Shell`]: a machine made ahead of need, over a hole in the address space |
+//! | `shell_pool.rs` | [`ShellPool`]: shells in store, refilled in the background |
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
@@ -49,6 +51,8 @@ mod host;
 mod machine;
 mod msr;
 mod ram;
+mod shell;
+mod shell_pool;
 mod support;
 mod vcpu;
 
@@ -63,6 +67,8 @@ pub use host::KvmHost;
 pub use machine::{MachinePlan, MachineState, Omission};
 pub use msr::{MsrIndex, MsrPlan};
 pub use ram::{AnonymousRam, DirtyLog, HostMemory, RamSlot, SlotNumber};
+pub use shell::{Shell, ShellError, ShellShape};
+pub use shell_pool::{PoolLimits, PoolStats, ShellPool};
 pub use support::{KvmSupport, MissingCall};
 pub use vcpu::{Target, VcpuIndex};
 

@@ -89,6 +89,12 @@ impl RamSlot {
         Ok(Self { slot, number, at, size })
     }
 
+    /// A slot that was registered before its memory was there.
+    pub(super) fn over(slot: Slot, number: SlotNumber, at: GuestAddress) -> Self {
+        let size = slot.memory().size();
+        Self { slot, number, at, size }
+    }
+
     /// The host memory behind it.
     pub fn memory(&self) -> &Arc<dyn HostMemory> {
         self.slot.memory()

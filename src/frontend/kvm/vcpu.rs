@@ -92,6 +92,21 @@ impl VcpuPlan {
         Ok(Self { cpuid: Arc::new(cpuid), tsc_khz })
     }
 
+    /// Tells a vCPU what its guest is told about its processor.
+    pub(super) fn prepare(&self, host: &KvmHost, vcpu: &VcpuFd, index: VcpuIndex) -> Result<(), KvmError> {
+        vcpu.set_cpuid2(&self.cpuid).map_err(vcpu_error(KvmCall::SetCpuid2, index))?;
+        if self.tsc_khz != host.tsc_khz() {
+            vcpu.set_tsc_khz(self.tsc_khz).map_err(vcpu_error(KvmCall::SetTscKhz, index))?;
+        }
+        Ok(())
+    }
+
+    /// Whether a vCPU prepared for the one can be loaded with a state of the other.
+    pub(super) fn fits(&self, other: &Self) -> bool {
+        let same = Arc::ptr_eq(&self.cpuid, &other.cpuid) || self.cpuid.as_slice() == other.cpuid.as_slice();
+        same && self.tsc_khz == other.tsc_khz
+    }
+
     /// Whether the guest is told that it can run guests of its own.
     fn offers_nesting(&self) -> bool {
         self.cpuid.as_slice().iter().any(|leaf| match leaf.function {
@@ -173,11 +188,7 @@ impl VcpuState {
 
     /// Step 1, which can be done long before the fork: what the guest is told about its processor.
     pub(super) fn prepare(&self, host: &KvmHost, vcpu: &VcpuFd, index: VcpuIndex) -> Result<(), KvmError> {
-        vcpu.set_cpuid2(&self.plan.cpuid).map_err(vcpu_error(KvmCall::SetCpuid2, index))?;
-        if self.plan.tsc_khz != host.tsc_khz() {
-            vcpu.set_tsc_khz(self.plan.tsc_khz).map_err(vcpu_error(KvmCall::SetTscKhz, index))?;
-        }
-        Ok(())
+        self.plan.prepare(host, vcpu, index)
     }
 
     /// Steps 2 to 8.
