@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
-use offshoot::frontend::kvm::{Devices, KvmHost, MachineState, PoolLimits, ShellPool, Target, VmBuilder};
+use offshoot::frontend::kvm::{
+    Devices, KvmHost, MachineState, PoolLimits, ShellPool, Target, VcpuIndex, VmBuilder, finish_exit,
+};
 use offshoot::page::{ByteSize, GuestAddress};
 use offshoot::{CloneSpec, ForkTimings};
 use rustix::fs::MemfdFlags;
@@ -169,7 +171,7 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
             };
             let smallest: Stats = *smallest.get_or_insert(shell);
             report.row(&row("into a shell", shell, "zeroboot-like", zeroboot, Goal::Median(150.0)));
-            let over = Stats { p50: shell.p50 - bare.p50, p99: shell.p99 - bare.p99 };
+            let over = Stats::exactly(shell.p50 - bare.p50);
             report.row(&row("over bare calls", over, "bare calls", bare, Goal::Median(30.0)));
             report.row(&row("flat", shell, "the same at the smallest size", smallest, Goal::Ratio(1.3)));
             report.row(&row("the pool never waited for", unattended, "bare calls", bare, Goal::None));
@@ -247,8 +249,10 @@ impl BareShell {
         let vm = host.kvm().create_vm()?;
         bare_slot(&vm, size, hole as u64)?;
         bare_devices(&vm, devices)?;
-        let vcpus = vec![vm.create_vcpu(0)?];
+        let mut vcpus = vec![vm.create_vcpu(0)?];
         state.prepare(host, &vcpus)?;
+        // The baseline knows the trick too: a run that does not enter the guest.
+        finish_exit(&mut vcpus[0], VcpuIndex::new(0), |_| {})?;
         Ok(Self { vcpus, vm, size, hole, ram: None })
     }
 
