@@ -16,12 +16,20 @@
 
 mod figures {
     pub mod alloc;
+    #[cfg(target_os = "linux")]
+    pub mod bare;
     pub mod disk;
     pub mod heap;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod kvm;
+    #[cfg(target_os = "linux")]
+    pub mod mapped;
     pub mod options;
     pub mod report;
     pub mod sample;
+    pub mod spawn;
     pub mod subject;
+    pub mod tree;
 }
 
 use std::process::ExitCode;
@@ -39,10 +47,36 @@ struct Figure {
     run: fn(&Effort, &mut Report) -> Outcome,
 }
 
+/// A figure of the mapped backing: skipped, aloud, where there is none.
+#[cfg(target_os = "linux")]
+macro_rules! linux {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(target_os = "linux"))]
+macro_rules! linux {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("the mapped backing is Linux only"))
+    };
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+const KVM: fn(&Effort, &mut Report) -> Outcome = figures::kvm::first_instruction;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+const KVM: fn(&Effort, &mut Report) -> Outcome =
+    |_, _| Err(figures::report::Skip::new("KVM is for Linux on x86-64 here"));
+
 const FIGURES: &[Figure] = &[
+    Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
+    Figure { name: "pause", what: "mapped face: cutting a resident parent", run: linux!(mapped::pause) },
+    Figure { name: "refork", what: "mapped face: cutting a clone that has written", run: linux!(mapped::refork) },
+    Figure { name: "first-write", what: "mapped face: breaking sharing", run: linux!(mapped::first_write) },
+    Figure { name: "reset", what: "mapped face: dropping what a clone wrote", run: linux!(mapped::reset) },
+    Figure { name: "memory", what: "engine memory of an idle clone", run: figures::spawn::memory },
+    Figure { name: "kvm", what: "a clone from nothing to its first guest instruction", run: KVM },
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
-    Figure { name: "disk", what: "disk face: 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 
 fn main() -> ExitCode {

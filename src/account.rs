@@ -27,7 +27,7 @@ pub struct Limits {
     pub mappings_per_vm: u64,
     /// Forks between a VM and its first ancestor. Refused at the fork, never at a read.
     pub depth: u32,
-    /// Bytes of device state that one fork point may carry in encoded form.
+    /// Bytes of device state that one fork point may carry. State kept as an object is the embedder's own memory, and is not limited.
     pub device_state: ByteSize,
 }
 
@@ -145,17 +145,20 @@ impl Ledger {
 
     /// Charges a heap page, or `None` at the limit.
     pub(crate) fn charge_heap_page(self: &Arc<Self>) -> Option<Charge> {
-        let charge = self.charge(Item::HeapPage);
-        // Counted first and given back by the drop, so that two threads at the limit cannot both pass it.
-        (self.heap_pages.load(Ordering::Relaxed) <= self.limits.heap_pages.get()).then_some(charge)
+        // In one step: of two threads at the last free page one gets it, never both and never neither.
+        let take = |held: u64| (held < self.limits.heap_pages.get()).then_some(held + 1);
+        self.heap_pages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        Some(Charge { ledger: self.clone(), item: Item::HeapPage })
     }
 
     /// Remembers a memory file for [`Ledger::file_bytes`]; forgets those that are gone.
     pub(crate) fn register_file(&self, file: Weak<dyn Allocated>) {
         let mut files = self.files.lock();
-        // Doubling keeps the forgetting at a constant cost a file.
+        // Room for as many again keeps the forgetting at a constant cost a file, however many are left.
         if files.len() == files.capacity() {
             files.retain(|file| file.strong_count() > 0);
+            let left = files.len();
+            files.reserve(left + 1);
         }
         files.push(file);
     }
@@ -186,6 +189,44 @@ impl Drop for Charge {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_at_the_limit_get_all_of_it() {
+        let ledger = Ledger::new(Limits { heap_pages: PageCount::new(1), ..Limits::default() });
+        for _ in 0..200 {
+            let start = std::sync::Barrier::new(2);
+            let charge = || {
+                start.wait();
+                ledger.charge_heap_page()
+            };
+            let got =
+                std::thread::scope(|scope| [scope.spawn(charge), scope.spawn(charge)].map(|it| it.join().unwrap()));
+            assert_eq!(got.iter().flatten().count(), 1);
+        }
+    }
+
+    #[derive(Debug)]
+    struct File;
+
+    impl Allocated for File {
+        fn allocated(&self) -> ByteSize {
+            ByteSize::kib(4)
+        }
+    }
+
+    #[test]
+    fn files_that_are_gone_are_forgotten_now_and_then() {
+        let ledger = Ledger::new(Limits::default());
+        let register = || {
+            let file: Arc<dyn Allocated> = Arc::new(File);
+            ledger.register_file(Arc::downgrade(&file));
+            file
+        };
+        let kept: Vec<_> = (0..64).map(|_| register()).collect();
+        (0..10_000).for_each(|_| drop(register()));
+        assert_eq!(ledger.file_bytes(), ByteSize::kib(4 * kept.len() as u64));
+        assert!(ledger.files.lock().capacity() < 1000);
+    }
 
     #[test]
     fn charges_return_and_the_limit_holds() {

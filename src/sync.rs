@@ -3,8 +3,13 @@
 //! Everything that `overlay::live` and the heap backing share between threads goes through here, so that the
 //! interleaving tests run the code that ships.
 
-#[cfg(not(shuttle))]
+#[cfg(not(any(shuttle, tsan)))]
 pub(crate) use std::sync::OnceLock;
+
+// ThreadSanitizer does not see into the compiled standard library, and takes its once-cell for a race. This one is
+// compiled with the crate, and is the same otherwise.
+#[cfg(tsan)]
+pub(crate) use once_cell::sync::OnceCell as OnceLock;
 
 #[cfg(shuttle)]
 pub(crate) use modelled::OnceLock;

@@ -15,7 +15,7 @@ use super::subject::{PAGE, at, cut, empty, fill, size_name, tree};
 pub fn fork(effort: &Effort, report: &mut Report) -> Outcome {
     let largest_copy = effort.pick(ByteSize::mib(256), ByteSize::gib(1));
     let sizes = [ByteSize::mib(1), ByteSize::gib(1), ByteSize::gib(64)];
-    for dirty in [4, 1000] {
+    for (dirty, most, flat_most) in [(4, Goal::Median(1.0), Goal::Ratio(1.2)), (1000, Goal::None, Goal::None)] {
         let spaces: Vec<Heap> = sizes.iter().map(|size| empty(*size)).collect::<Result<_, _>>()?;
         let flats: Vec<Vec<u8>> = [sizes[0], largest_copy].iter().map(|size| vec![1; size.get() as usize]).collect();
         let mut round = Round::new(effort);
@@ -43,7 +43,7 @@ pub fn fork(effort: &Effort, report: &mut Report) -> Outcome {
                 unit: Unit::Microseconds,
                 stats,
                 baseline: Some(Baseline::new(format!("clone of a Vec<u8> of {}", size_name(copied)), copy)),
-                goal: Goal::Median(1.0),
+                goal: most,
             });
         }
         report.row(&Row {
@@ -51,7 +51,7 @@ pub fn fork(effort: &Effort, report: &mut Report) -> Outcome {
             unit: Unit::Microseconds,
             stats: large,
             baseline: Some(Baseline::new("the same at 1 MiB", small)),
-            goal: Goal::Ratio(1.2),
+            goal: flat_most,
         });
         for (size, stats) in sizes.iter().zip([small_down, middle_down, large_down]) {
             report.row(&Row {
@@ -89,9 +89,6 @@ fn fork_sample(space: &Heap, dirty: u64, part: Part) -> impl FnMut() -> f64 + '_
     }
 }
 
-/// Few enough that most samples are shorter than a time slice: a busy machine then shows in the p99, not in the median.
-const READS: u64 = 4_000;
-
 /// Whether the address of a read depends on what the read before it gave.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reads {
@@ -99,26 +96,33 @@ enum Reads {
     Chained,
 }
 
+impl Reads {
+    /// How many make a sample: few enough that most samples are shorter than a time slice, so that a busy machine shows in the p99 and not
+    /// in the median.
+    fn count(self) -> u64 {
+        match self {
+            Self::Independent => 4000,
+            Self::Chained => 500,
+        }
+    }
+}
+
 /// The mean time of one read at a random multiple of 8 below `len`, a power of two.
 #[inline(always)]
 fn reads(random: &mut Random, len: ByteSize, how: Reads, mut load: impl FnMut(u64) -> u64) -> f64 {
     let mask = (len.get() - 1) & !7;
-    let (time, ()) = timed(|| match how {
-        Reads::Independent => {
-            let mut sum = 0u64;
-            for _ in 0..READS {
-                sum = sum.wrapping_add(load(random.next() & mask));
-            }
-            black_box(sum);
-        }
-        Reads::Chained => {
-            for _ in 0..READS {
-                let value = load(random.next() & mask);
+    let (time, ()) = timed(|| {
+        let mut sum = 0u64;
+        for _ in 0..how.count() {
+            let value = load(random.next() & mask);
+            sum = sum.wrapping_add(value);
+            if how == Reads::Chained {
                 random.stir(value);
             }
         }
+        black_box(sum);
     });
-    time / READS as f64
+    time / how.count() as f64
 }
 
 fn flat_reads(flat: &[u8], seed: u64, how: Reads) -> impl FnMut() -> f64 + '_ {

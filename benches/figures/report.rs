@@ -117,6 +117,7 @@ impl Report {
     pub fn row(&mut self, row: &Row) {
         let show = |base: f64| number(row.unit.of(base));
         let ratio = row.baseline.as_ref().map(|baseline| row.stats.p50 / baseline.stats.p50);
+        let ratio = ratio.filter(|ratio| ratio.is_finite());
         let (goal, met) = match row.goal {
             Goal::None => (None, None),
             Goal::Median(most) => {
@@ -205,12 +206,8 @@ fn say(line: &str) {
 
 /// Three significant digits, as plain as JSON wants them.
 fn number(value: f64) -> String {
-    let digits = match value.abs() {
-        big if big >= 100.0 => 0,
-        middle if middle >= 10.0 => 1,
-        small if small >= 1.0 => 2,
-        _ => 3,
-    };
+    let magnitude = if value == 0.0 { 0 } else { value.abs().log10().floor() as i32 };
+    let digits = (2 - magnitude).clamp(0, 9) as usize;
     format!("{value:.digits$}")
 }
 

@@ -16,7 +16,7 @@ pub struct Stats {
 
 impl Stats {
     /// Percentiles by nearest rank. `samples` must not be empty.
-    fn of(mut samples: Vec<f64>) -> Self {
+    pub fn of(mut samples: Vec<f64>) -> Self {
         samples.sort_by(f64::total_cmp);
         let rank = |p: f64| samples[((samples.len() as f64 * p).ceil() as usize).clamp(1, samples.len()) - 1];
         Self { p50: rank(0.50), p99: rank(0.99) }

@@ -99,6 +99,7 @@ fn build(kind: &Kind, access: Access) -> Option<(Disk, DiskModel)> {
     let tree = Tree::default();
     match *kind {
         Kind::Blank { sectors } => {
+            let sectors = sectors % 48;
             let made = Disk::blank(&tree, SectorCount::new(u64::from(sectors)), access);
             if sectors == 0 {
                 assert!(matches!(made, Err(DiskError::Empty)));
@@ -107,6 +108,7 @@ fn build(kind: &Kind, access: Access) -> Option<(Disk, DiskModel)> {
             Some((made.unwrap(), DiskModel::blank(usize::from(sectors))))
         }
         Kind::OverImage { len, seed } => {
+            let len = len % (6 * 4096);
             let image = pattern(seed, usize::from(len));
             let made = Disk::over_image(&tree, Base::shared(0, image.clone()), access);
             if len == 0 {

@@ -40,7 +40,7 @@ enum Region {
         shift: u8,
         count: u16,
     },
-    /// Right after the one before, or a few pages further on.
+    /// Right after the one before, a page too early or a few pages further on.
     Next {
         gap: u8,
         count: u8,
@@ -94,8 +94,8 @@ impl Model {
     /// Where an access lies: all of it in regions that follow each other without a gap.
     fn locate(&self, at: u128, len: u128) -> Option<u128> {
         if len == 0 {
-            let touches = self.regions.iter().filter(|(start, len, _)| *start <= at && at <= start + len);
-            return touches.last().map(|(start, _, offset)| offset + (at - start));
+            let mut touches = self.regions.iter().filter(|(start, len, _)| *start <= at && at <= start + len);
+            return touches.next_back().map(|(start, _, offset)| offset + (at - start));
         }
         let (mut here, end) = (at, at + len);
         for (start, len, _) in &self.regions {
@@ -170,7 +170,7 @@ fn regions(input: &Input, page: u64) -> Vec<RamRegion> {
             }
             Region::Next { gap, count } => {
                 let end = out.last().map_or(0, |last| last.start.get().wrapping_add(last.len.get()));
-                (end.wrapping_add(u64::from(gap % 4) * page), u64::from(count) * page)
+                (end.wrapping_add(u64::from(gap % 4) * page).wrapping_sub(page), u64::from(count) * page)
             }
             Region::Last { count } => {
                 let len = u64::from(count) * page;

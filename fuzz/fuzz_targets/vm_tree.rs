@@ -350,7 +350,8 @@ impl World {
                 assert!(legal && kin && unchanged, "a commit that loses something");
                 own.content = clone.content;
             }
-            Err((error, vm)) => {
+            Err(refused) => {
+                let (error, vm) = *refused;
                 match error {
                     CommitError::IllegalState(_) => assert!(!legal),
                     CommitError::NotAChild => assert!(legal && !kin),

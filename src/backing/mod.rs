@@ -216,7 +216,8 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     fn spawn(&self) -> Result<Self::Live, SpaceError>;
 
     /// The pages in which the two images may differ: those that either side's ancestors wrote since they parted. Costs by what
-    /// changed. Exact up to pages that were written back to what they were.
+    /// changed. Exact up to pages that were written back to what they were, and up to clean pages which a backing
+    /// has copied along with written ones.
     ///
     /// # Errors
     /// [`SpaceError::Unrelated`] unless both come from one [`Backing::create`].

@@ -39,6 +39,7 @@ pub(crate) trait AnySealed: Any + Send + Sync + fmt::Debug {
     fn flatten(&self) -> Result<Arc<dyn AnySealed>, SpaceError>;
     fn merge_onto(&self, ancestor: &dyn AnySealed) -> Result<Arc<dyn AnySealed>, SpaceError>;
     fn same(&self, other: &dyn AnySealed) -> bool;
+    fn validate(&self) -> Result<(), String>;
 }
 
 impl<B: Backing> AnySpace for B {
@@ -122,5 +123,9 @@ impl<S: Sealed> AnySealed for S {
 
     fn same(&self, other: &dyn AnySealed) -> bool {
         typed(other).is_ok_and(|other| Sealed::same(self, other))
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        Sealed::validate(self)
     }
 }

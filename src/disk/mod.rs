@@ -10,11 +10,11 @@ pub(crate) use erased::{AnySealed, AnySpace};
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::account::Usage;
 use crate::backing::{Backing, Heap, Tree};
 use crate::error::SpaceError;
+use crate::gate::{Entered, FreezeGate};
 use crate::image::Source;
 use crate::page::{
     ByteOffset, ByteSize, Geometry, Lba, PageIndex, PageRange, PageSet, PageSize, SECTOR_SIZE, SectorCount,
@@ -76,7 +76,7 @@ pub struct Disk {
     space: Box<dyn AnySpace>,
     capacity: SectorCount,
     access: Access,
-    frozen: AtomicBool,
+    gate: FreezeGate,
 }
 
 impl Disk {
@@ -111,7 +111,7 @@ impl Disk {
     }
 
     fn from_parts(space: Box<dyn AnySpace>, capacity: SectorCount, access: Access) -> Self {
-        Self { space, capacity, access, frozen: AtomicBool::new(false) }
+        Self { space, capacity, access, gate: FreezeGate::default() }
     }
 
     /// How many sectors it has.
@@ -128,8 +128,8 @@ impl Disk {
         &*self.space
     }
 
-    pub(crate) fn freeze(&self) {
-        self.frozen.store(true, Ordering::Release);
+    pub(crate) fn gate(&self) -> &FreezeGate {
+        &self.gate
     }
 
     fn check(&self, lba: Lba, count: SectorCount) -> Result<(ByteOffset, ByteSize), DiskError> {
@@ -149,11 +149,12 @@ impl Disk {
         Ok(self.check(lba, SectorCount::new(len / SECTOR_SIZE))?.0)
     }
 
-    fn check_writable(&self) -> Result<(), DiskError> {
+    /// Held for as long as a write takes: a freeze waits for it.
+    fn enter(&self) -> Result<Entered<'_>, DiskError> {
         if self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly);
         }
-        if self.frozen.load(Ordering::Acquire) { Err(DiskError::Frozen) } else { Ok(()) }
+        self.gate.enter().ok_or(DiskError::Frozen)
     }
 
     /// Fills `buf`, a whole number of sectors, from `lba`.
@@ -170,7 +171,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read`], and [`DiskError::ReadOnly`], [`DiskError::Frozen`], [`SpaceError::HeapLimit`].
     pub fn write(&self, lba: Lba, data: &[u8]) -> Result<(), DiskError> {
-        self.check_writable()?;
+        let _open = self.enter()?;
         let at = self.check_buffer(lba, data.len())?;
         Ok(self.space.write(at, data)?)
     }
@@ -189,7 +190,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn discard(&self, lba: Lba, count: SectorCount) -> Result<(), DiskError> {
-        self.check_writable()?;
+        let _open = self.enter()?;
         let (at, len) = self.check(lba, count)?;
         let pages = self.whole_pages(at, len);
         if pages.is_empty() { Ok(()) } else { Ok(self.space.zero(pages)?) }
@@ -200,7 +201,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, lba: Lba, count: SectorCount) -> Result<(), DiskError> {
-        self.check_writable()?;
+        let _open = self.enter()?;
         let (at, len) = self.check(lba, count)?;
         let (start, end) = (at.get(), at.get() + len.get());
         let pages = self.whole_pages(at, len);
@@ -208,15 +209,25 @@ impl Disk {
         if pages.is_empty() {
             return self.fill_zero(start, end);
         }
-        // The edges first: they can fail for want of memory, and the whole pages only give memory back. A first edge
-        // that was zeroed is private by then, so putting it back cannot fail.
-        let head = size.start_of(pages.start()).get();
-        let mut saved = vec![0; (head - start) as usize];
-        self.space.read(ByteOffset::new(start), &mut saved)?;
-        self.fill_zero(start, head)?;
-        let tail = self.fill_zero(size.start_of(pages.end()).get().min(end), end);
-        if let Err(error) = tail.and_then(|()| Ok(self.space.zero(pages)?)) {
-            self.space.write(ByteOffset::new(start), &saved)?;
+        // The edges first: they can fail for want of memory. An edge that was zeroed is private by then, so putting it
+        // back cannot fail.
+        let edges = [(start, size.start_of(pages.start()).get()), (size.start_of(pages.end()).get().min(end), end)];
+        let mut saved = Vec::with_capacity(edges.len());
+        for (from, to) in edges {
+            let mut bytes = vec![0; (to - from) as usize];
+            self.space.read(ByteOffset::new(from), &mut bytes)?;
+            saved.push((ByteOffset::new(from), bytes));
+        }
+        let mut zeroed = 0;
+        let edges = edges.into_iter().try_for_each(|(from, to)| {
+            self.fill_zero(from, to)?;
+            zeroed += 1;
+            Ok(())
+        });
+        if let Err(error) = edges.and_then(|()| Ok(self.space.zero(pages)?)) {
+            for (at, bytes) in &saved[..zeroed] {
+                self.space.write(*at, bytes)?;
+            }
             return Err(error);
         }
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! Each slot is set once and then stays until somebody with exclusive access takes it, so readers need no lock and
 //! a racing first write has one winner; the loser gets its page back and writes into the winner's. Tables are made
-//! where first needed: an idle clone has none. Exclusive operations (`&mut self`) are for the owner's cut, reset and discard.
+//! where first needed: an idle clone has none. A presence bitmap comes before the slots: most reads of a clone are of pages that
+//! it does not own, and learn so from a few cached bytes. Exclusive operations (`&mut self`) are for the owner's cut, reset and discard.
 //!
 //! Must not know what a page is, nor the index below it: [`Live::install`] is told what to put there.
 
@@ -17,12 +18,23 @@ struct LiveLeaf<P> {
 }
 
 struct LiveMid<P> {
+    /// A word for each leaf, bit `i` for its page `i`. Set after the slot was set, and before the writer who came upon it goes on: whoever wrote
+    /// a page finds it.
+    present: [AtomicU64; MID_LEAVES],
     leaves: [OnceLock<Box<LiveLeaf<P>>>; MID_LEAVES],
 }
 
+impl<P> LiveMid<P> {
+    fn new() -> Self {
+        Self { present: [const { AtomicU64::new(0) }; MID_LEAVES], leaves: [const { OnceLock::new() }; MID_LEAVES] }
+    }
+}
+
+type Mids<P> = Box<[OnceLock<Box<LiveMid<P>>>]>;
+
 /// A clone's own pages. Empty tables cost nothing.
 pub(crate) struct Live<P> {
-    mids: OnceLock<Box<[OnceLock<Box<LiveMid<P>>>]>>,
+    mids: OnceLock<Mids<P>>,
     space: PageCount,
     count: AtomicU64,
     table_bytes: AtomicU64,
@@ -49,25 +61,18 @@ impl<P> Live<P> {
     pub(crate) fn get(&self, page: PageIndex) -> Option<&P> {
         let page = page.get();
         let mid = self.mids.get()?.get((page >> (LEAF_SHIFT + MID_SHIFT)) as usize)?.get()?;
-        let leaf = mid.leaves[(page >> LEAF_SHIFT) as usize % MID_LEAVES].get()?;
-        leaf.pages[page as usize % LEAF_PAGES].get()
+        let at = (page >> LEAF_SHIFT) as usize % MID_LEAVES;
+        // Relaxed: the slot itself is acquired below, and a bit that is not seen yet is a write that has not returned yet.
+        if mid.present[at].load(Ordering::Relaxed) >> (page as usize % LEAF_PAGES) & 1 == 0 {
+            return None;
+        }
+        mid.leaves[at].get()?.pages[page as usize % LEAF_PAGES].get()
     }
 
     /// Puts `new` in the slot of `page` unless another thread did so first: `Ok` is the page put there, `Err` the
     /// winner's, and `new` is dropped. `page` must lie inside the space.
     pub(crate) fn install(&self, page: PageIndex, new: P) -> Result<&P, &P> {
-        let slot = self.slot(page.get());
-        let won = slot.set(new).is_ok();
-        let there = slot.get().expect("a slot that was set stays set while it is shared");
-        if won {
-            self.count.fetch_add(1, Ordering::Relaxed);
-            Ok(there)
-        } else {
-            Err(there)
-        }
-    }
-
-    fn slot(&self, page: u64) -> &OnceLock<P> {
+        let page = page.get();
         let made = |bytes: usize| self.table_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let mids = self.mids.get_or_init(|| {
             let mids = self.space.get().div_ceil(MID_PAGES) as usize;
@@ -76,13 +81,24 @@ impl<P> Live<P> {
         });
         let mid = mids[(page >> (LEAF_SHIFT + MID_SHIFT)) as usize].get_or_init(|| {
             made(size_of::<LiveMid<P>>());
-            Box::new(LiveMid { leaves: std::array::from_fn(|_| OnceLock::new()) })
+            Box::new(LiveMid::new())
         });
-        let leaf = mid.leaves[(page >> LEAF_SHIFT) as usize % MID_LEAVES].get_or_init(|| {
+        let (at, within) = ((page >> LEAF_SHIFT) as usize % MID_LEAVES, page as usize % LEAF_PAGES);
+        let leaf = mid.leaves[at].get_or_init(|| {
             made(size_of::<LiveLeaf<P>>());
-            Box::new(LiveLeaf { pages: std::array::from_fn(|_| OnceLock::new()) })
+            Box::new(LiveLeaf { pages: [const { OnceLock::new() }; LEAF_PAGES] })
         });
-        &leaf.pages[page as usize % LEAF_PAGES]
+        let slot = &leaf.pages[within];
+        let won = slot.set(new).is_ok();
+        let there = slot.get().expect("a slot that was set stays set while it is shared");
+        // The loser too: the winner may not have come here yet, and the loser's next read must find what it wrote.
+        mid.present[at].fetch_or(1 << within, Ordering::Release);
+        if won {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            Ok(there)
+        } else {
+            Err(there)
+        }
     }
 
     /// Drops the pages of `range`; costs by the tables that exist there.
@@ -95,11 +111,12 @@ impl<P> Live<P> {
                     continue;
                 }
                 let Some(mid) = mid.get_mut() else { continue };
-                for (l, leaf) in mid.leaves.iter_mut().enumerate() {
+                for (l, (leaf, present)) in mid.leaves.iter_mut().zip(&mut mid.present).enumerate() {
                     let start = start + (l * LEAF_PAGES) as u64;
                     let Some(leaf) = leaf.get_mut() else { continue };
                     for (p, slot) in leaf.pages.iter_mut().enumerate() {
                         if range.contains(PageIndex::new(start + p as u64)) && slot.take().is_some() {
+                            *present.get_mut() &= !(1 << p);
                             removed += 1;
                         }
                     }

@@ -109,6 +109,15 @@ impl PageSet {
     }
 }
 
+impl From<PageRange> for PageSet {
+    /// The pages of one range.
+    fn from(range: PageRange) -> Self {
+        let mut set = Self::new();
+        set.push(range);
+        set
+    }
+}
+
 impl FromIterator<PageIndex> for PageSet {
     /// Collects pages in ascending order.
     fn from_iter<I: IntoIterator<Item = PageIndex>>(pages: I) -> Self {

@@ -56,6 +56,11 @@ impl ImageFile {
     /// # Errors
     /// [`ImageError::Open`].
     pub(crate) fn from_file(mut file: File) -> Result<Self, ImageError> {
+        // A directory has a length too, and a terminal an end.
+        if !holds_bytes(&file.metadata().map_err(ImageError::Open)?.file_type()) {
+            let what = "an image must be a regular file or a block device";
+            return Err(ImageError::Open(io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
         // The end by seeking: a block device's metadata says 0.
         let len = ByteSize::new(file.seek(SeekFrom::End(0)).map_err(ImageError::Open)?);
         let map = if never_faults(&file) && len != ByteSize::ZERO {
@@ -126,6 +131,16 @@ impl ImageFile {
     }
 }
 
+#[cfg(unix)]
+fn holds_bytes(kind: &std::fs::FileType) -> bool {
+    kind.is_file() || std::os::unix::fs::FileTypeExt::is_block_device(kind)
+}
+
+#[cfg(not(unix))]
+fn holds_bytes(kind: &std::fs::FileType) -> bool {
+    kind.is_file()
+}
+
 /// Whether a mapped read can never fail: the file is memory, and sealed against change.
 #[cfg(target_os = "linux")]
 fn never_faults(file: &File) -> bool {
@@ -178,6 +193,13 @@ mod tests {
     fn read(image: &ImageFile, at: u64, len: usize) -> Result<Vec<u8>, ImageError> {
         let mut buf = vec![0xEE; len];
         image.read_at(ByteOffset::new(at), &mut buf).map(|()| buf)
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_when_it_is_opened() {
+        for path in ["/tmp", "/dev/null", "/dev/zero"] {
+            assert!(matches!(ImageFile::open(Path::new(path)), Err(ImageError::Open(_))), "{path}");
+        }
     }
 
     #[test]

@@ -198,11 +198,22 @@ impl Mapping {
             self.extents.insert(0, base);
         }
         // What the new extent covers is gone; what it cuts goes on after it.
-        self.extents.retain(|&from, _| from < start || from >= end);
+        // By the covered entries, not by all: a diverged clone has thousands, laid one after another.
+        let covered: Vec<u64> = self.extents.range(start..end).map(|(&from, _)| from).collect();
+        for from in covered {
+            self.extents.remove(&from);
+        }
         if end < self.geometry.pages().get() {
             self.extents.entry(end).or_insert(after);
         }
         self.extents.insert(start, file.id());
+        // Extents of one file that touch are one kernel mapping: a balloon that grows page by page is one extent.
+        for seam in [end, start] {
+            let before = self.extents.range(..seam).next_back().map(|(_, &file)| file);
+            if before.is_some() && self.extents.get(&seam) == before.as_ref() {
+                self.extents.remove(&seam);
+            }
+        }
         Ok(())
     }
 
@@ -296,10 +307,24 @@ impl Mapping {
         matches!(self.view, View::Shared(_))
     }
 
-    /// How many kernel mappings this object holds, for a budget against `vm.max_map_count`. Never too low; too high
-    /// where the kernel has merged neighbouring extents of one file.
+    /// How many kernel mappings this object holds, for a budget against `vm.max_map_count`: runs of one file. The kernel may
+    /// hold a few more, where it could not merge two neighbours that were both written before they touched.
     pub(crate) fn kernel_mappings(&self) -> u64 {
         self.extents.len().max(1) as u64 + u64::from(self.spare.is_some())
+    }
+
+    /// The most kernel mappings that there can be once something is laid over `range`.
+    pub(crate) fn kernel_mappings_with(&self, range: PageRange) -> u64 {
+        if range.is_empty() {
+            return self.kernel_mappings();
+        }
+        let (start, end) = (range.start().get(), range.end().get());
+        let covered = match self.extents.is_empty() {
+            true => u64::from(start == 0),
+            false => self.extents.range(start..end).count() as u64,
+        };
+        let rest = end < self.geometry.pages().get() && !self.extents.contains_key(&end);
+        self.kernel_mappings() - covered + 1 + u64::from(rest)
     }
 
     /// Which file each run of pages shows, in ascending order, where private pages do not hide it.
@@ -444,7 +469,9 @@ mod tests {
         let steps =
             [(4, 8, 1), (6, 12, 2), (5, 6, 3), (0, 2, 1), (14, 16, 3), (3, 13, 2), (7, 7, 1), (0, 16, 1), (15, 16, 0)];
         for (start, end, file) in steps {
+            let most = mapping.kernel_mappings_with(pages(start, end));
             mapping.overlay_extent(pages(start, end), &files[file]).unwrap();
+            assert!(mapping.kernel_mappings() <= most);
             naive[start as usize..end as usize].fill(file as u8 + 1);
             assert_eq!(mapping.marks(), naive);
             assert!(mapping.lines() <= mapping.kernel_mappings());
@@ -452,6 +479,13 @@ mod tests {
         }
         assert_eq!(mapping.kernel_mappings(), 2);
         assert!(matches!(mapping.overlay_extent(pages(15, 17), &files[1]), Err(SysError::Range(_))));
+        for page in (0..8).chain((8..15).rev()) {
+            mapping.overlay_extent(pages(page, page + 1), &files[2]).unwrap();
+        }
+        assert_eq!((mapping.kernel_mappings(), mapping.lines()), (2, 2), "one file over 0..15, in fifteen pieces");
+        mapping.overlay_extent(pages(0, 15), &files[0]).unwrap();
+        assert_eq!(mapping.kernel_mappings(), 1, "and the base again");
+        mapping.overlay_extent(pages(0, 15), &files[1]).unwrap();
         let short = marked(ByteSize::kib(8), 7);
         assert!(matches!(mapping.overlay_extent(pages(0, 3), &short), Err(SysError::Range(_))));
         assert_eq!(mapping.marks(), naive);

@@ -11,14 +11,14 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::error::{SysError, checked, checked_errno};
 use super::fault::Call;
 use super::iovec::RawIoVec;
 use super::mapping::{Mapping, PAGE};
-use crate::page::{ByteOffset, ByteSize, Geometry, PageRange};
+use crate::page::{ByteOffset, ByteSize, Geometry, PageRange, PageSet};
 
 /// Which file this is, within the life of the process: two are equal only if they are the same memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -54,6 +54,28 @@ impl File {
     fn allocated(&self) -> Result<ByteSize, SysError> {
         let stat = checked(Call::Fstat, || rustix::fs::fstat(&self.fd))?;
         Ok(ByteSize::new((stat.st_blocks as u64).saturating_mul(512)))
+    }
+
+    fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
+        self.geometry.check_pages(range)?;
+        let (mut at, end) = (PAGE.start_of(range.start()).get(), PAGE.start_of(range.end()).get());
+        let mut set = PageSet::new();
+        while at < end {
+            // The position of the descriptor is nobody's: all reads and writes name their own.
+            let data = match checked_errno(Call::Lseek, || rustix::fs::seek(&self.fd, SeekFrom::Data(at))) {
+                // lseek(2): no data from here to the end.
+                Err(Errno::NXIO) => break,
+                found => found.map_err(|errno| SysError::new(Call::Lseek, errno))?,
+            };
+            let hole = checked(Call::Lseek, || rustix::fs::seek(&self.fd, SeekFrom::Hole(data)))?;
+            let page = |at: u64| PAGE.page_of(ByteOffset::new(at.min(end)));
+            set.push(PageRange::from_bounds(page(data), page(hole)));
+            if hole <= at {
+                return Err(SysError::Other { call: Call::Lseek, errno: Errno::IO });
+            }
+            at = hole;
+        }
+        Ok(set)
     }
 
     fn add_seals(&self, seals: SealFlags) -> Result<(), Errno> {
@@ -147,6 +169,14 @@ impl Memfd {
     /// Only if fstat(2) fails.
     pub(crate) fn allocated(&self) -> Result<ByteSize, SysError> {
         self.file.allocated()
+    }
+
+    /// The pages of `range` that the kernel holds anything for; the others are holes and read as zeroes. Two calls for each run.
+    ///
+    /// # Errors
+    /// [`SysError::Range`] past the end; otherwise those of lseek(2).
+    pub(crate) fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
+        self.file.data_in(range)
     }
 
     /// Fills `buf` from byte `at`. Holes read as zeroes and stay holes.
@@ -288,6 +318,14 @@ impl SealedMemfd {
     /// Only if fstat(2) fails.
     pub(crate) fn allocated(&self) -> Result<ByteSize, SysError> {
         self.file.allocated()
+    }
+
+    /// See [`Memfd::data_in`].
+    ///
+    /// # Errors
+    /// [`SysError::Range`] past the end; otherwise those of lseek(2).
+    pub(crate) fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
+        self.file.data_in(range)
     }
 
     /// See [`Memfd::read_at`].

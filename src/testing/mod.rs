@@ -20,8 +20,10 @@ pub mod conformance;
 mod dice;
 #[cfg(unix)]
 pub mod faults;
+mod guest;
 mod model;
 mod pair;
 
 pub use dice::Dice;
+pub use guest::{Scripted, ScriptedGuest, Trouble};
 pub use model::{ByteSource, Flat};

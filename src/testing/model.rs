@@ -89,6 +89,12 @@ impl Flat {
         self.touched[pages.start as usize..pages.end as usize].fill(write);
     }
 
+    /// Counts pages as written again, with the bytes that they have: a merge may keep them in another place, and then a
+    /// diff with what it was made from may name them.
+    pub fn rewrite(&mut self, pages: &PageSet) {
+        pages.runs().for_each(|run| self.touch(run.start().get()..run.end().get()));
+    }
+
     /// Takes the content of a clone: what a commit does.
     pub fn take_over(&mut self, clone: &Self) {
         self.bytes.copy_from_slice(&clone.bytes);
@@ -153,6 +159,11 @@ impl ByteSource {
     /// An image of these bytes.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self { bytes, left: AtomicU64::new(u64::MAX) }
+    }
+
+    /// Reads left until they fail; `u64::MAX` where they never do.
+    pub fn reads_left(&self) -> u64 {
+        self.left.load(Ordering::SeqCst)
     }
 
     /// From now on `reads` reads succeed and all later ones fail with [`ImageError::Io`], until this is called again.

@@ -63,6 +63,15 @@ fn check_between(rule: &str, must: &PageSet, found: &PageSet, may: &PageSet) {
     }
 }
 
+/// With the pages between: a backing may copy clean pages along with written ones around them.
+fn hull(set: &PageSet) -> PageSet {
+    let mut hull = PageSet::new();
+    if let (Some(first), Some(last)) = (set.runs().next(), set.runs().last()) {
+        hull.push(PageRange::from_bounds(first.start(), last.end()));
+    }
+    hull
+}
+
 /// A live space and what it must hold.
 pub(super) struct Pair<B: Backing> {
     pub(super) space: B,
@@ -169,7 +178,8 @@ impl<B: Backing> Pair<B> {
             broken("usage", format_args!("{when}: private + shared + zero are {sum} of {total}: {usage:?}"));
         }
         let must = changed.pages().filter(|page| !self.now.is_zero(*page)).count() as u64;
-        let may = touched.count().get();
+        // Before its first cut a space shares with nobody, and may count whatever it holds as its own.
+        let may = if usage.depth == 0 { total } else { touched.count() }.get();
         if !(must..=may).contains(&usage.private.get()) {
             broken("usage", format_args!("{when}: {} private, must be from {must} to {may}", usage.private));
         }
@@ -215,7 +225,7 @@ impl<B: Backing> ImagePair<B> {
 
     /// Both ways round, the diff is between what must and what may be named.
     pub(super) fn check_diff(&self, other: &Self, when: &str) {
-        let (changed, touched) = (self.flat.changed(&other.flat), self.flat.touched(&other.flat));
+        let (changed, touched) = (self.flat.changed(&other.flat), hull(&self.flat.touched(&other.flat)));
         for (from, to) in [(self, other), (other, self)] {
             let found = ok("diff", from.image.diff(&to.image));
             check_between(&format!("diff, {when}"), &changed, &found, &touched);
@@ -227,7 +237,9 @@ impl<B: Backing> ImagePair<B> {
     }
 
     pub(super) fn merge_onto(&self, ancestor: &Self) -> Self {
-        Self { image: ok("merge_onto", self.image.merge_onto(&ancestor.image)), flat: self.flat.clone() }
+        let mut flat = self.flat.clone();
+        flat.rewrite(&self.flat.touched(&ancestor.flat));
+        Self { image: ok("merge_onto", self.image.merge_onto(&ancestor.image)), flat }
     }
 }
 

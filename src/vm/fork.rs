@@ -11,18 +11,22 @@
 //!
 //! Must not know what the spaces are made of.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use tracing::debug_span;
 
 use super::timings::Stopwatch;
 use super::{
-    BoxError, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
+    BoxError, Busy, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
 };
 use crate::backing::{Backing, Cut};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
+use crate::gate::{FreezeGate, Shut};
 use crate::page::ByteSize;
 
-/// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call.
+/// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call; a guest that was paused for it
+/// and could not be resumed leaves the VM [`VmStatus::Paused`] whatever the error.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ForkError {
@@ -52,19 +56,26 @@ pub enum ForkError {
     Resume(#[source] BoxError),
 }
 
-/// A guest that this fork paused; resumed on drop unless that was done.
-struct PausedGuest<'g, G: Guest + ?Sized> {
+/// A guest that this fork paused, and the status of its VM; resumed on drop unless that was done.
+struct PausedGuest<'a, 'g, B: Backing, G: Guest + ?Sized> {
+    busy: Busy<'a, B>,
     guest: &'g mut G,
     resume: bool,
 }
 
-impl<G: Guest + ?Sized> PausedGuest<'_, G> {
+impl<B: Backing, G: Guest + ?Sized> PausedGuest<'_, '_, B, G> {
+    /// Runs the guest on. Unless that goes well, by an error or a panic, the VM stands paused afterwards.
     fn resume(&mut self) -> Result<(), BoxError> {
-        if std::mem::take(&mut self.resume) { self.guest.resume() } else { Ok(()) }
+        if std::mem::take(&mut self.resume) {
+            let runs = std::mem::replace(&mut self.busy.after, VmStatus::Paused);
+            self.guest.resume()?;
+            self.busy.after = runs;
+        }
+        Ok(())
     }
 }
 
-impl<G: Guest + ?Sized> Drop for PausedGuest<'_, G> {
+impl<B: Backing, G: Guest + ?Sized> Drop for PausedGuest<'_, '_, B, G> {
     fn drop(&mut self) {
         // Reached on an error or a panic of the embedder's: the guest must run on. If it cannot, the caller already has an error.
         if let Err(error) = self.resume() {
@@ -97,14 +108,14 @@ impl<B: Backing> Vm<B> {
     fn cut_all(&self, guest: &mut (impl Guest + ?Sized), afterwards: Afterwards) -> Result<ForkPoint<B>, ForkError> {
         let _span = debug_span!("fork", vm = %self.identity.name).entered();
         let mut clock = Stopwatch::start();
-        let mut busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        let busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
         let mut timings = ForkTimings::default();
 
         let was_running = busy.before == VmStatus::Running;
         if was_running {
             debug_span!("pause").in_scope(|| guest.pause()).map_err(ForkError::Pause)?;
         }
-        let mut guest = PausedGuest { guest, resume: was_running };
+        let mut guest = PausedGuest { busy, guest, resume: was_running };
         timings.pause = clock.lap();
 
         let device = debug_span!("save").in_scope(|| guest.guest.save()).map_err(ForkError::Save)?;
@@ -116,6 +127,11 @@ impl<B: Backing> Vm<B> {
 
         let (parts, deferred) = {
             let _span = debug_span!("cut").entered();
+            // A freeze waits for the writes that are under way, and lets in no other until it is undone.
+            let gates = match afterwards {
+                Afterwards::StayFrozen => self.gates().map(FreezeGate::shut).collect(),
+                Afterwards::RunOn => Vec::new(),
+            };
             // Every lock is taken and every fallible step done before anything is kept; an early return drops the
             // cuts made so far, and a dropped cut is undone.
             let ram = self.ram.space().cut()?;
@@ -128,20 +144,21 @@ impl<B: Backing> Vm<B> {
                 deferred.push(later);
                 images.push((name.clone(), DiskImage::new(image, disk)));
             }
+            gates.into_iter().for_each(Shut::close);
             let layout = self.ram.layout().clone();
-            (PointParts { layout, ram, disks: images, device, parent: self.identity.name.clone() }, deferred)
+            let (parent, clones) = (self.identity.name.clone(), self.clones.clone());
+            (PointParts { layout, ram, disks: images, device, parent, clones }, deferred)
         };
         timings.cut = clock.lap();
 
         let resumed = match afterwards {
             Afterwards::StayFrozen => {
                 guest.resume = false;
-                self.ram.freeze();
-                self.disks.iter().for_each(|(_, disk)| disk.freeze());
-                busy.after = VmStatus::Frozen;
-                Ok(())
+                guest.busy.after = VmStatus::Frozen;
+                Ok(Ok(()))
             }
-            Afterwards::RunOn => debug_span!("resume").in_scope(|| guest.resume()),
+            // A panic is held back until the fork point is in place: the cut is made.
+            Afterwards::RunOn => catch_unwind(AssertUnwindSafe(|| debug_span!("resume").in_scope(|| guest.resume()))),
         };
         timings.resume = clock.lap();
         timings.total = clock.total();
@@ -152,13 +169,16 @@ impl<B: Backing> Vm<B> {
         let replaced = self.life.lock().origin.replace(point.clone());
         drop(replaced);
         match resumed {
-            Ok(()) => Ok(point),
-            Err(error) => {
-                // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
-                busy.after = VmStatus::Paused;
-                Err(ForkError::Resume(error))
-            }
+            Ok(Ok(())) => Ok(point),
+            // It may have run a little before it failed, so the cut cannot be undone; its content is unchanged all the same.
+            Ok(Err(error)) => Err(ForkError::Resume(error)),
+            Err(panic) => resume_unwind(panic),
         }
+    }
+
+    /// The gates that a freeze closes, in the order in which the spaces are cut.
+    fn gates(&self) -> impl Iterator<Item = &FreezeGate> {
+        [self.ram.gate()].into_iter().chain(self.disks.iter().map(|(_, disk)| disk.gate()))
     }
 
     fn check_state(&self, device: &DeviceState) -> Result<(), ForkError> {

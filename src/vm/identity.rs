@@ -261,7 +261,7 @@ impl Identity {
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct CloneSpec {
-    /// Its name; the parent's with a serial number if none is given.
+    /// Its name; if none is given, the parent's with a number that no other clone named after it has.
     pub name: Option<VmName>,
     /// Its Ethernet address.
     pub mac: Option<MacAddress>,

@@ -21,6 +21,7 @@ pub use timings::{ForkTimings, Teardown};
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 
@@ -111,6 +112,8 @@ pub struct Vm<B: Backing> {
     ram: Arc<Ram<B>>,
     disks: Box<[(DiskName, Arc<Disk>)]>,
     life: Mutex<Life<B>>,
+    /// Clones named after this VM, over all its fork points: no two of them get one name.
+    clones: Arc<AtomicU64>,
     _charge: Charge,
 }
 
@@ -124,7 +127,7 @@ impl<B: Backing> Vm<B> {
     /// The most disks that one VM may have.
     pub const MAX_DISKS: u64 = 256;
 
-    /// A VM that is off, with RAM all zeroes.
+    /// A VM that is off, with RAM all zeroes. Disks count, and are limited, in the tree that they were made with.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -152,7 +155,15 @@ impl<B: Backing> Vm<B> {
         life: Life<B>,
     ) -> Self {
         let charge = tree.0.charge(Item::Vm);
-        Self { tree, identity, ram: Arc::new(ram), disks, life: Mutex::new(life), _charge: charge }
+        Self {
+            tree,
+            identity,
+            ram: Arc::new(ram),
+            disks,
+            life: Mutex::new(life),
+            clones: Arc::default(),
+            _charge: charge,
+        }
     }
 
     /// The fork tree it belongs to.

@@ -42,7 +42,6 @@ struct Inner<B: Backing> {
     parts: PointParts<B>,
     timings: ForkTimings,
     teardown: Teardown,
-    serial: AtomicU64,
     _charge: Charge,
 }
 
@@ -53,6 +52,8 @@ pub(super) struct PointParts<B: Backing> {
     pub(super) disks: Vec<(DiskName, DiskImage)>,
     pub(super) device: DeviceState,
     pub(super) parent: VmName,
+    /// How many clones were named after the parent.
+    pub(super) clones: Arc<AtomicU64>,
 }
 
 /// Which pages may differ between two fork points.
@@ -73,7 +74,7 @@ impl<B: Backing> Clone for ForkPoint<B> {
 impl<B: Backing> ForkPoint<B> {
     pub(super) fn new(tree: Tree, parts: PointParts<B>, timings: ForkTimings, teardown: Teardown) -> Self {
         let charge = tree.0.charge(Item::ForkPoint);
-        Self(Arc::new(Inner { tree, parts, timings, teardown, serial: AtomicU64::new(0), _charge: charge }))
+        Self(Arc::new(Inner { tree, parts, timings, teardown, _charge: charge }))
     }
 
     /// Spawns a clone: paused at this instant, with an identity of its own.
@@ -124,7 +125,7 @@ impl<B: Backing> ForkPoint<B> {
         let disks = disks.collect::<Result<_, SpaceError>>()?;
         let identity = spec.identity(|| {
             // Relaxed: only uniqueness is asked of it.
-            parts.parent.of_clone(self.0.serial.fetch_add(1, Ordering::Relaxed) + 1)
+            parts.parent.of_clone(parts.clones.fetch_add(1, Ordering::Relaxed) + 1)
         })?;
         let life = Life { status: VmStatus::Busy, origin: Some(self.clone()) };
         let clone = Vm::assemble(self.0.tree.clone(), identity, ram, disks, life);
@@ -222,16 +223,19 @@ impl<B: Backing> ForkPoint<B> {
             disks: disks.collect::<Result<_, SpaceError>>()?,
             device: old.device.clone(),
             parent: old.parent.clone(),
+            clones: old.clones.clone(),
         };
         Ok(Self::new(self.0.tree.clone(), parts, ForkTimings::default(), Teardown::default()))
     }
 
-    /// Derives every invariant of its RAM again and compares. For tests.
+    /// Derives every invariant of its images again and compares. For tests.
     ///
     /// # Errors
-    /// What was found wrong.
+    /// What was found wrong, and in which image.
     pub fn validate(&self) -> Result<(), String> {
-        self.0.parts.ram.validate()
+        self.0.parts.ram.validate().map_err(|wrong| format!("RAM: {wrong}"))?;
+        let mut disks = self.0.parts.disks.iter();
+        disks.try_for_each(|(name, disk)| disk.image().validate().map_err(|wrong| format!("disk {name}: {wrong}")))
     }
 }
 
@@ -244,5 +248,25 @@ impl<B: Backing> fmt::Debug for ForkPoint<B> {
             .field("ram", &self.0.parts.ram)
             .field("disks", &self.0.parts.disks)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::Heap;
+    use crate::page::{ByteSize, PageSize};
+    use crate::{AtRest, DeviceState};
+
+    #[test]
+    fn clones_of_one_vm_have_names_of_their_own() {
+        let layout = RamLayout::flat(ByteSize::kib(4), PageSize::KIB_4).unwrap();
+        let vm: Vm<Heap> = Vm::new(&Tree::default(), VmName::new("web").unwrap(), layout, vec![]).unwrap();
+        let mut guest = AtRest(DeviceState::from_bytes(vec![]));
+        vm.start().unwrap();
+        let points = [vm.fork(&mut guest).unwrap(), vm.fork(&mut guest).unwrap()];
+        let points = [points[0].clone(), points[1].flatten().unwrap(), points[1].clone()];
+        let clones = points.map(|point| point.spawn(CloneSpec::default()).unwrap());
+        assert_eq!(clones.map(|clone| clone.identity().name.to_string()), ["web-1", "web-2", "web-3"]);
     }
 }

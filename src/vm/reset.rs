@@ -5,7 +5,7 @@
 use super::{BoxError, IllegalState, Rewind, Vm, VmStatus};
 use crate::backing::Backing;
 use crate::error::SpaceError;
-use crate::page::PageCount;
+use crate::page::{PageCount, PageSet};
 
 /// Why a VM could not be reset.
 #[derive(Debug, thiserror::Error)]
@@ -37,13 +37,21 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ResetError`].
     pub fn reset(&self, guest: &mut (impl Rewind + ?Sized)) -> Result<PageCount, ResetError> {
+        self.reset_by(guest, |ram| ram.reset())
+    }
+
+    fn reset_by(
+        &self,
+        guest: &mut (impl Rewind + ?Sized),
+        reset_ram: impl FnOnce(&B) -> Result<PageCount, SpaceError>,
+    ) -> Result<PageCount, ResetError> {
         let mut busy = self.begin("reset", "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
         let origin = self.origin().ok_or(ResetError::NoOrigin)?;
         if busy.before == VmStatus::Running {
             guest.pause().map_err(ResetError::Pause)?;
         }
         let was = std::mem::replace(&mut busy.after, VmStatus::Paused);
-        let mut pages = self.ram.space().reset()?;
+        let mut pages = reset_ram(self.ram.space())?;
         for (_, disk) in &self.disks {
             pages = pages.saturating_add(disk.space().reset()?);
         }
@@ -53,5 +61,19 @@ impl<B: Backing> Vm<B> {
         }
         busy.after = was;
         Ok(pages)
+    }
+}
+
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+impl Vm<crate::backing::Mapped> {
+    /// As [`Vm::reset`], for a caller that knows which pages of RAM were written (a simulator, or KVM's dirty log): nothing
+    /// has to be looked for, so the cost is that of the pages listed, however much the guest has touched.
+    ///
+    /// `dirty` must name every page written or zeroed since the fork point: what it leaves out stays as it is.
+    ///
+    /// # Errors
+    /// As [`Vm::reset`].
+    pub fn reset_listed(&self, guest: &mut (impl Rewind + ?Sized), dirty: &PageSet) -> Result<PageCount, ResetError> {
+        self.reset_by(guest, |ram| ram.reset_listed(dirty))
     }
 }

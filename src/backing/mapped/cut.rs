@@ -8,6 +8,7 @@
 //! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
 //! private, which shows the same bytes and only costs memory.
 
+use std::collections::HashMap;
 use std::mem::replace;
 use std::sync::Arc;
 
@@ -19,13 +20,13 @@ use super::{MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
 use crate::error::SpaceError;
 use crate::overlay::{Index, PageState};
-use crate::page::{PageCount, PageIndex, PageRange, PageSet};
+use crate::page::{ByteSize, PageCount, PageIndex, PageRange, PageSet};
 use crate::sys::freeze::{MovedAside, Restored};
 use crate::sys::memfd::{FinalSeal, SealFailed};
 
-/// Clean pages between two dirty runs that are copied along rather than mapped apart: a mapping costs every clone about as much time as
-/// copying a page costs once.
-const CHEAP_GAP: PageCount = PageCount::new(1);
+/// Bytes of clean pages between two dirty runs that are copied along rather than mapped apart: a mapping costs every clone about as
+/// much time as copying this costs once.
+const CHEAP_GAP: ByteSize = ByteSize::kib(4);
 
 /// A cut of mapped RAM; holds the space until it is committed or dropped.
 pub struct MappedCut<'a> {
@@ -46,6 +47,8 @@ enum Step {
 impl<'a> MappedCut<'a> {
     pub(super) fn begin(mut state: RwLockWriteGuard<'a, State>) -> Result<Self, SpaceError> {
         if matches!(state.view, View::Shared(_)) {
+            // Refused before the file is sealed, which cannot be undone.
+            state.origin.check_depth()?;
             let layer = seal_own_file(&mut state)?;
             let spot = Spot { layer: layer.clone(), content: Content::Data };
             let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
@@ -90,26 +93,74 @@ fn seal_own_file(state: &mut State) -> Result<Arc<Layer>, SpaceError> {
 /// Copies the private pages into a new layer and names it in `index`, within the limit on mappings.
 fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Result<Built, SpaceError> {
     let geometry = state.geometry();
-    let limit = state.origin.tree().limits().mappings_per_vm;
-    let mut gap = CHEAP_GAP;
-    let runs = loop {
-        let runs = private.closing_gaps(gap);
-        let needed = mappings_with(&state.shown, geometry.all(), &runs);
-        if needed <= limit {
-            break runs;
-        }
-        if runs.runs().len() <= 1 {
-            return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
-        }
-        gap = gap.saturating_add(gap);
-    };
     let mut builder = LayerBuilder::new(state.origin.tree(), geometry)?;
-    for run in runs.runs() {
-        builder.copy_from(&state.mapping, run)?;
+    for run in pages_to_copy(state, private)?.runs() {
+        for (piece, below) in state.shown.runs(run) {
+            // Known to be zeroes. Looking would make the kernel allocate the page.
+            let hole = matches!(below, PageState::Data(Spot { content: Content::Hole, .. }));
+            if !hole {
+                builder.copy_from(&state.mapping, piece)?;
+                continue;
+            }
+            for page in piece.iter() {
+                let page_alone = PageRange::one(page);
+                if private.contains(page) {
+                    builder.copy_from(&state.mapping, page_alone)?;
+                } else {
+                    builder.leave_out(page_alone);
+                }
+            }
+        }
     }
     let built = builder.finish()?;
     built.name_in(index);
     Ok(built)
+}
+
+/// The pages that a new layer is to hold so that a clone stays within the limit on mappings: the private ones with small gaps closed,
+/// or else whichever is less of the private ones with larger gaps closed, and of those with all that lies on smaller layers.
+fn pages_to_copy(state: &State, private: &PageSet) -> Result<PageSet, SpaceError> {
+    let limit = state.origin.tree().limits().mappings_per_vm;
+    let cheap = PageCount::new(CHEAP_GAP.get() >> state.geometry().page_size().shift());
+    let near = private.closing_gaps(cheap);
+    let needed = mappings_with(&state.shown, state.geometry().all(), &near);
+    if needed <= limit {
+        return Ok(near);
+    }
+    let in_pieces = private.union(&on_smaller_layers(&state.shown, state.geometry().all()));
+    let ways = [near, in_pieces].map(|pages| closed_to_fit(state, pages, limit));
+    let least = ways.into_iter().flatten().min_by_key(|pages| pages.count());
+    least.ok_or(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" })
+}
+
+/// The set with gaps closed until a clone fits the limit; `None` if it never does.
+fn closed_to_fit(state: &State, mut pages: PageSet, limit: u64) -> Option<PageSet> {
+    let mut gap = PageCount::new(1);
+    while mappings_with(&state.shown, state.geometry().all(), &pages) > limit {
+        if pages.runs().len() <= 1 {
+            return None;
+        }
+        pages = pages.closing_gaps(gap);
+        gap = gap.saturating_add(gap);
+    }
+    Some(pages)
+}
+
+/// Every page that does not lie on the layer which most pages lie on.
+fn on_smaller_layers(shown: &Index<Spot>, all: PageRange) -> PageSet {
+    let runs = layer_runs(shown, all);
+    let mut sizes: HashMap<*const Layer, u64> = HashMap::new();
+    for (run, layer) in &runs {
+        *sizes.entry(Arc::as_ptr(layer)).or_default() += run.count().get();
+    }
+    let largest = sizes.into_iter().max_by_key(|(_, pages)| *pages).map(|(layer, _)| layer);
+    let mut smaller = PageSet::new();
+    for (run, layer) in runs {
+        if Some(Arc::as_ptr(&layer)) != largest {
+            smaller.push(run);
+        }
+    }
+    smaller
 }
 
 /// Kernel mappings of a clone of `shown` with `over` laid on it: runs of one layer.
@@ -186,16 +237,18 @@ impl Cut for MappedCut<'_> {
 
 /// Lays a layer over the pages it was copied from. One run of data and holes together is one mapping.
 fn lay(state: &mut State, built: &Built) {
+    let spot = |content| Spot { layer: built.layer.clone(), content };
+    let mut private = PageSet::new();
     for run in built.data.union(&built.holes).runs() {
-        let whole = Spot { layer: built.layer.clone(), content: Content::Data };
-        if let Err(error) = state.show(run, &whole) {
+        if let Err(error) = state.show(run, &spot(Content::Data)) {
             tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
-            continue;
+            private.push(run);
         }
-        let hole = Spot { layer: built.layer.clone(), content: Content::Hole };
-        for holes in built.holes.runs().map(|holes| holes.intersect(run)).filter(|holes| !holes.is_empty()) {
-            state.shown.set(holes, &PageState::Data(hole.clone()));
-        }
+    }
+    let hole = PageState::Data(spot(Content::Hole));
+    // A run of holes lies within one run that was laid, or within one that was not.
+    for holes in built.holes.runs().filter(|holes| private.count_in(*holes).is_zero()) {
+        state.shown.set(holes, &hole);
     }
     // Everything laid: the index is the image's own, node for node, and not only in content.
     if state.shown.diff(state.origin.index()).is_empty() {
@@ -231,7 +284,7 @@ fn keep_private(state: &mut State, layer: Arc<Layer>) {
 mod tests {
     use super::*;
     use crate::Tree;
-    use crate::page::{ByteSize, Geometry, PageSize};
+    use crate::page::{Geometry, PageSize};
     use crate::sys::memfd::Memfd;
 
     #[test]

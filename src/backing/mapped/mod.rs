@@ -19,6 +19,8 @@
 mod cut;
 mod image;
 mod layer;
+#[cfg(test)]
+mod tests;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
@@ -93,14 +95,25 @@ impl State {
         Ok(space_pages(self.geometry(), &pagemap.scan(&self.mapping, all, ScanMethod::Best)?))
     }
 
+    /// Pages of the kernel's as pages of the space, and those of the base.
+    fn with_base(&self, host: PageSet) -> PageSet {
+        space_pages(self.geometry(), &host).union(&PageSet::from(self.origin.base_pages()))
+    }
+
     /// The pages whose content is not the root image's. Before the first cut there is nobody to share with and nothing in the
-    /// page tables that would tell: it reads everything.
+    /// page tables that would tell: it reads all that the file holds.
     fn changed_from_root(&self) -> Result<PageSet, SpaceError> {
         let size = self.geometry().page_size();
         let mut own = vec![0; size.bytes().get() as usize];
         let mut root = own.clone();
         let mut changed = PageSet::new();
-        for page in self.geometry().all().iter() {
+        // What the file never held and the base does not reach is zeroes in both.
+        let candidates = match &self.view {
+            View::Shared(OwnFile::Writable(file)) => self.with_base(file.data_in(self.mapping.geometry().all())?),
+            View::Shared(OwnFile::Sealed(layer)) => self.with_base(layer.file.data_in(self.mapping.geometry().all())?),
+            View::Private => PageSet::from(self.geometry().all()),
+        };
+        for page in candidates.pages() {
             match &self.view {
                 // Reading the file allocates nothing; reading a hole through the mapping would.
                 View::Shared(OwnFile::Writable(file)) => file.read_at(size.start_of(page), &mut own)?,
@@ -148,11 +161,14 @@ impl State {
         if let View::Shared(own) = &self.view {
             return match own {
                 OwnFile::Writable(file) => Ok(file.punch(host)?),
-                OwnFile::Sealed(_) => Ok(self.mapping.zero(host)?),
+                // The seal forbids holes from now on. Writing zeroes only where there is something else takes no more memory.
+                OwnFile::Sealed(layer) => {
+                    layer.file.data_in(host)?.runs().try_for_each(|run| Ok(self.mapping.zero(run)?))
+                }
             };
         }
         let budget = self.origin.tree().limits().mappings_per_vm;
-        if self.mapping.kernel_mappings() + 2 <= budget {
+        if self.mapping.kernel_mappings_with(host) <= budget {
             let geometry = self.geometry();
             let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
             match self.show(range, &Spot { layer, content: Content::Hole }) {
@@ -165,7 +181,8 @@ impl State {
         Ok(self.mapping.zero(host)?)
     }
 
-    fn reset(&mut self) -> Result<PageCount, SpaceError> {
+    /// Drops what is private: the pages `dirty` lists, or all that a scan finds.
+    fn reset(&mut self, dirty: Option<&PageSet>) -> Result<PageCount, SpaceError> {
         if self.origin.is_root() {
             let changed = self.changed_from_root()?;
             let size = self.geometry().page_size();
@@ -190,11 +207,22 @@ impl State {
                 }
             }
         }
-        let dropped = self.mapping.reset_private(origin.family().pagemap()?)?;
+        let dropped = match dirty {
+            Some(dirty) => {
+                self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?;
+                // Zeroed pages are listed and moved: they count once.
+                moved.union(dirty).count().saturating_sub(moved.count())
+            }
+            // The kernel counts its own pages; larger ones, of which it may hold a part each, are counted before they are gone.
+            None if self.geometry().page_size() != HOST_PAGE => {
+                let private = self.private_pages()?.count();
+                self.mapping.reset_private(origin.family().pagemap()?)?;
+                private
+            }
+            None => self.mapping.reset_private(origin.family().pagemap()?)?.pages,
+        };
         self.shown = origin.index().clone();
         self.table_bytes = 0;
-        let scale = self.geometry().page_size().shift() - HOST_PAGE.shift();
-        let dropped = PageCount::new(dropped.pages.get().div_ceil(1 << scale));
         Ok(dropped.saturating_add(moved.count()))
     }
 }
@@ -238,6 +266,19 @@ impl Mapped {
         let state = self.state.try_write_for(VIEW_PATIENCE).ok_or(SpaceError::Busy { waited: VIEW_PATIENCE })?;
         state.usable()?;
         Ok(state)
+    }
+
+    /// As [`Backing::reset`] for a caller that knows which pages were written or zeroed since [`Backing::origin`]: no page table is
+    /// searched. A page that `dirty` leaves out stays as it is. Costs by what is listed.
+    ///
+    /// # Errors
+    /// As [`Backing::reset`], and [`SpaceError::Geometry`] where `dirty` reaches past the end; nothing is changed then.
+    pub fn reset_listed(&self, dirty: &PageSet) -> Result<PageCount, SpaceError> {
+        let mut state = self.exclusive()?;
+        if let Some(last) = dirty.runs().last() {
+            state.geometry().check_pages(last)?;
+        }
+        state.reset(Some(dirty))
     }
 
     /// Where the space lies in this process, all of it. Stable for the life of the space; dereferencing it is the embedder's unsafe code.
@@ -347,7 +388,7 @@ impl Backing for Mapped {
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {
-        self.exclusive()?.reset()
+        self.exclusive()?.reset(None)
     }
 
     /// What it holds. Asks the kernel: by the page tables in use, some 3 ms per GiB that the guest has touched.
@@ -359,11 +400,22 @@ impl Backing for Mapped {
         let (geometry, total) = (state.geometry(), state.geometry().pages());
         let (private, zero) = match &state.view {
             View::Shared(own) => {
-                let allocated = match own {
-                    OwnFile::Writable(file) => file.allocated()?,
-                    OwnFile::Sealed(layer) => layer.file.allocated()?,
+                let pages = if geometry.page_size() == HOST_PAGE {
+                    let allocated = match own {
+                        OwnFile::Writable(file) => file.allocated()?,
+                        OwnFile::Sealed(layer) => layer.file.allocated()?,
+                    };
+                    allocated.get().div_ceil(HOST_PAGE.bytes().get())
+                } else {
+                    // The kernel may have allocated a part of each.
+                    let all = state.mapping.geometry().all();
+                    let held = match own {
+                        OwnFile::Writable(file) => file.data_in(all)?,
+                        OwnFile::Sealed(layer) => layer.file.data_in(all)?,
+                    };
+                    space_pages(geometry, &held).count().get()
                 };
-                let pages = allocated.get().div_ceil(geometry.page_size().bytes().get()).min(total.get());
+                let pages = pages.min(total.get());
                 (PageCount::new(pages), PageCount::new(total.get() - pages))
             }
             View::Private => {

@@ -93,6 +93,14 @@ impl<B: Backing> Bench<B> {
         let mut clone = image.spawn();
         clone.reset();
         clone.check("reset with nothing to drop");
+        // One byte in each of several pages: counted as pages, whatever they are made of.
+        for page in (0..self.count()).step_by(2) {
+            clone.write(page * self.page() + 17, b"b");
+        }
+        clone.zero(pages(0, 1));
+        clone.write(4, b"zeroed and written");
+        clone.reset();
+        clone.check("after one byte in each of several pages");
         for _ in 0..3 {
             clone.write(self.page() - 2, &dice.bytes(self.page() + 4));
             clone.zero(pages(0, 1));
@@ -117,11 +125,19 @@ impl<B: Backing> Bench<B> {
         let same = first.flat.page(crate::page::PageIndex::new(3)).to_vec();
         clone.write(3 * self.page(), &same);
         let mine = clone.cut();
+        // Pages that nobody wrote, between pages that somebody did.
+        let mut gaps = first.spawn();
+        for page in (0..self.count()).step_by(2) {
+            gaps.write(page * self.page() + 8, b"gap");
+        }
+        let gaps = gaps.cut();
         let second = pair.cut();
         for (a, b, when) in [
             (&first, &first, "with itself"),
             (&first, &second, "parent and child"),
             (&mine, &second, "cousins"),
+            (&first, &gaps, "every other page"),
+            (&mine, &gaps, "siblings"),
             (&first, &mine, "fork point and clone's"),
         ] {
             a.check_diff(b, when);

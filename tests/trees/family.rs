@@ -1,0 +1,277 @@
+//! Forks, clones and what is made of fork points; who descends from whom is kept by number.
+
+use super::{Contents, Goes, Line, Machine, Origin, Point, World};
+use offshoot::backing::Backing;
+use offshoot::page::PageSet;
+use offshoot::testing::{Flat, ScriptedGuest, Trouble};
+use offshoot::{CloneSpec, CommitError, ForkError, ResetError, SpaceError, SpawnError, VmStatus};
+
+impl Goes {
+    fn tell(self, guest: &mut ScriptedGuest) {
+        let n = match self {
+            Self::Well => 0,
+            Self::Wrong(n) => n,
+        };
+        guest.fail_nth_call(n, Trouble::Error);
+    }
+}
+
+impl<B: Backing> World<B> {
+    pub fn cut(&mut self, vm: usize, goes: Goes, becomes: VmStatus) {
+        let id = self.fresh_id();
+        let at = vm % self.vms.len();
+        let machine = &mut self.vms[at];
+        goes.tell(&mut machine.guest);
+        let before = machine.status;
+        let frozen = becomes == VmStatus::Frozen;
+        let result = if frozen { machine.vm.freeze(&mut machine.guest) } else { machine.vm.fork(&mut machine.guest) };
+        machine.guest.fail_nth_call(0, Trouble::Error);
+        let line = match &machine.origin {
+            None => Line { family: id, ancestors: Vec::new() },
+            Some(origin) => origin.line.followed_by(origin.id),
+        };
+        let known = Origin { id, at: machine.now.clone(), line };
+        let legal = matches!(before, VmStatus::Running | VmStatus::Paused);
+        self.seen.borrow_mut().insert(match &result {
+            Ok(_) if frozen => "frozen",
+            Ok(_) if before == VmStatus::Paused => "forked while paused",
+            Ok(_) => "forked while running",
+            Err(ForkError::IllegalState(_)) => "cut illegal",
+            Err(ForkError::Resume(_)) => "not resumed",
+            Err(_) => "cut undone",
+        });
+        match result {
+            Ok(point) => {
+                assert!(legal, "a VM that is {before:?} was cut");
+                machine.status = if frozen { VmStatus::Frozen } else { before };
+                machine.origin = Some(known.clone());
+                self.teardowns.push(point.teardown().clone());
+                self.points.push(Point { point, known });
+            }
+            Err(ForkError::IllegalState(error)) => {
+                assert!(!legal && error.status == before, "{error}");
+            }
+            // The cut was made; only nobody was handed it.
+            Err(ForkError::Resume(_)) => {
+                assert!(legal && !frozen && !machine.guest.runs());
+                let point = machine.vm.origin().expect("the cut is the VM's origin");
+                self.teardowns.push(point.teardown().clone());
+                machine.status = VmStatus::Paused;
+                machine.origin = Some(known);
+            }
+            Err(ForkError::Pause(_) | ForkError::Save(_)) => {
+                assert!(legal && matches!(goes, Goes::Wrong(_)));
+                assert_eq!(
+                    machine.guest.runs(),
+                    before == VmStatus::Running,
+                    "an undone fork leaves the guest as it was"
+                );
+            }
+            Err(error) => panic!("{error}"),
+        }
+        self.vms[at].check();
+        self.thin_out();
+    }
+
+    pub fn spawn(&mut self, point: usize, goes: Goes) {
+        if self.points.is_empty() {
+            return;
+        }
+        let from = &self.points[point % self.points.len()];
+        let clone = from.point.spawn_with(CloneSpec::default(), |clone| {
+            assert_eq!(clone.status(), VmStatus::Busy, "nobody runs a clone that is being customized");
+            if matches!(goes, Goes::Wrong(_)) { Err("told to fail".into()) } else { Ok(()) }
+        });
+        match clone {
+            Ok(vm) => {
+                let guest = ScriptedGuest::loaded(&vm.device_state().expect("a clone has state to be loaded with"));
+                let now = from.known.at.clone();
+                let machine = Machine { vm, guest, now, status: VmStatus::Paused, origin: Some(from.known.clone()) };
+                machine.check();
+                self.vms.push(machine);
+            }
+            Err(SpawnError::Customize(_)) => {
+                assert!(matches!(goes, Goes::Wrong(_)));
+                self.saw("clone refused by its hook");
+            }
+            Err(error) => panic!("{error}"),
+        }
+        self.thin_out();
+    }
+
+    fn two(&self, a: usize, b: usize) -> Option<(&Point<B>, &Point<B>)> {
+        let count = self.points.len();
+        (count > 0).then(|| (&self.points[a % count], &self.points[b % count]))
+    }
+
+    pub fn diff(&mut self, a: usize, b: usize) {
+        let Some((a, b)) = self.two(a, b) else { return };
+        match a.point.diff(&b.point) {
+            Ok(diff) => {
+                assert_eq!(a.known.line.family, b.known.line.family, "strangers were compared");
+                if !diff.ram.is_empty() {
+                    self.saw("diff of relatives");
+                }
+                check_between(&a.known.at.ram, &b.known.at.ram, &diff.ram);
+                for (at, (_, pages)) in diff.disks.iter().enumerate() {
+                    check_between(&a.known.at.disks[at], &b.known.at.disks[at], pages);
+                }
+            }
+            Err(SpaceError::Unrelated(_)) => {
+                assert_ne!(a.known.line.family, b.known.line.family);
+                self.saw("diff of strangers");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub fn flatten(&mut self, point: usize) {
+        if self.points.is_empty() {
+            return;
+        }
+        let id = self.fresh_id();
+        let from = &self.points[point % self.points.len()];
+        let flat = from.point.flatten().expect("nothing hinders it");
+        let line = Line { family: id, ancestors: Vec::new() };
+        let known = Origin { id, at: from.known.at.clone(), line };
+        self.points.push(Point { point: flat, known });
+        self.thin_out();
+    }
+
+    pub fn merge(&mut self, point: usize, onto: usize) {
+        let id = self.fresh_id();
+        let Some((from, onto)) = self.two(point, onto) else { return };
+        let legal = from.known.line.ancestors.contains(&onto.known.id);
+        match from.point.merge_onto(&onto.point) {
+            Ok(merged) => {
+                assert!(legal, "merged onto something that is no ancestor");
+                assert_eq!(merged.depth(), onto.point.depth() + 1);
+                let line = onto.known.line.followed_by(onto.known.id);
+                let mut at = from.known.at.clone();
+                at.ram.rewrite(&from.known.at.ram.touched(&onto.known.at.ram));
+                for (disk, was) in at.disks.iter_mut().zip(&onto.known.at.disks) {
+                    disk.rewrite(&disk.touched(was));
+                }
+                let known = Origin { id, at, line };
+                self.saw("merged");
+                self.points.push(Point { point: merged, known });
+            }
+            Err(SpaceError::Unrelated(_)) => {
+                assert!(!legal, "an ancestor was refused");
+                self.saw("not merged");
+            }
+            Err(error) => panic!("{error}"),
+        }
+        self.thin_out();
+    }
+
+    pub fn commit(&mut self, clone: usize, into: usize) {
+        let count = self.vms.len();
+        let (clone, into) = (clone % count, into % count);
+        if clone == into {
+            return;
+        }
+        let clone = self.vms.remove(clone);
+        // Removing it has moved those after it.
+        let into = into % self.vms.len();
+        let target = &mut self.vms[into];
+        let still = |machine: &Machine<B>| matches!(machine.status, VmStatus::Paused | VmStatus::Off);
+        let id = |machine: &Machine<B>| machine.origin.as_ref().map(|origin| origin.id);
+        let (both_still, child) = (still(target) && still(&clone), id(target).is_some() && id(target) == id(&clone));
+        let origin = target.origin.as_ref().map(|origin| &origin.at);
+        let differs =
+            origin.is_some_and(|origin| target.now.pairs(origin).any(|(now, was)| !now.changed(was).is_empty()));
+        let wrote =
+            origin.is_some_and(|origin| target.now.pairs(origin).any(|(now, was)| !now.touched(was).is_empty()));
+        let Machine { vm, guest, now, status, origin } = clone;
+        match target.vm.commit(vm) {
+            Ok(()) => {
+                assert!(both_still && child && !differs, "a commit lost something");
+                target.now.ram.take_over(&now.ram);
+                target.now.disks.iter_mut().zip(&now.disks).for_each(|(to, from)| to.take_over(from));
+                target.guest.register = now.register;
+                target.now.register = now.register;
+                self.seen.borrow_mut().insert("committed");
+            }
+            Err(failed) => {
+                let (error, vm) = *failed;
+                self.seen.borrow_mut().insert(match error {
+                    CommitError::IllegalState(_) => "commit illegal",
+                    CommitError::NotAChild => "commit of no child",
+                    _ => "commit into a diverged VM",
+                });
+                match error {
+                    CommitError::IllegalState(_) => assert!(!both_still, "{error}"),
+                    CommitError::NotAChild => assert!(both_still && !child, "{error}"),
+                    CommitError::Diverged => assert!(both_still && child && wrote, "{error}"),
+                    error => panic!("{error}"),
+                }
+                self.vms.push(Machine { vm, guest, now, status, origin });
+            }
+        }
+        self.vms[into].check();
+    }
+}
+
+impl<B: Backing> Machine<B> {
+    /// Says how it came out.
+    pub fn reset(&mut self, goes: Goes) -> &'static str {
+        goes.tell(&mut self.guest);
+        let result = self.vm.reset(&mut self.guest);
+        self.guest.fail_nth_call(0, Trouble::Error);
+        let legal = matches!(self.status, VmStatus::Running | VmStatus::Paused);
+        match (result, &self.origin) {
+            (Ok(_), Some(origin)) => {
+                assert!(legal, "a VM that is {:?} was reset", self.status);
+                assert_eq!(self.guest.register, origin.at.register, "the guest was loaded with its fork point's state");
+                self.now = origin.at.clone();
+                "reset done"
+            }
+            (Err(ResetError::IllegalState(_)), _) => {
+                assert!(!legal);
+                "reset illegal"
+            }
+            (Err(ResetError::NoOrigin), None) => {
+                assert!(legal);
+                "reset to nothing"
+            }
+            (Err(ResetError::Pause(_)), _) => {
+                assert!(legal && self.guest.runs(), "it runs on as it was");
+                "reset not paused"
+            }
+            // Memory went back before the embedder failed; the guest's own state is its business.
+            (Err(ResetError::Load(_)), Some(origin)) => {
+                assert!(legal && !self.guest.runs());
+                self.status = VmStatus::Paused;
+                self.guest.register = origin.at.register;
+                self.now = origin.at.clone();
+                "reset not loaded"
+            }
+            (result, _) => panic!("reset: {result:?}"),
+        }
+    }
+}
+
+impl Line {
+    fn followed_by(&self, id: u64) -> Self {
+        let mut line = self.clone();
+        line.ancestors.push(id);
+        line
+    }
+}
+
+impl Contents {
+    /// Its spaces beside another's.
+    pub fn pairs<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = (&'a Flat, &'a Flat)> {
+        std::iter::once((&self.ram, &other.ram)).chain(self.disks.iter().zip(&other.disks))
+    }
+}
+
+/// Every page that differs is named, and none outside the span of those that were written.
+fn check_between(a: &Flat, b: &Flat, found: &PageSet) {
+    let (changed, touched) = (a.changed(b), a.touched(b));
+    assert!(changed.pages().all(|page| found.contains(page)), "{found:?} must name {changed:?}");
+    let span = touched.pages().next().zip(touched.pages().last());
+    let inside = |page| span.is_some_and(|(first, last)| first <= page && page <= last);
+    assert!(found.pages().all(inside), "{found:?} names pages outside of {touched:?}");
+}
