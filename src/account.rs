@@ -27,7 +27,7 @@ pub struct Limits {
     pub mappings_per_vm: u64,
     /// Forks between a VM and its first ancestor. Refused at the fork, never at a read.
     pub depth: u32,
-    /// Bytes of device state that one fork point may carry in encoded form.
+    /// Bytes of device state that one fork point may carry. State kept as an object is the embedder's own memory, and is not limited.
     pub device_state: ByteSize,
 }
 

@@ -77,6 +77,7 @@ pub mod backing;
 pub mod disk;
 mod error;
 pub mod frontend;
+mod gate;
 pub mod image;
 mod overlay;
 pub mod page;

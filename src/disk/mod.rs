@@ -10,11 +10,11 @@ pub(crate) use erased::{AnySealed, AnySpace};
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::account::Usage;
 use crate::backing::{Backing, Heap, Tree};
 use crate::error::SpaceError;
+use crate::gate::{Entered, FreezeGate};
 use crate::image::Source;
 use crate::page::{
     ByteOffset, ByteSize, Geometry, Lba, PageIndex, PageRange, PageSet, PageSize, SECTOR_SIZE, SectorCount,
@@ -76,7 +76,7 @@ pub struct Disk {
     space: Box<dyn AnySpace>,
     capacity: SectorCount,
     access: Access,
-    frozen: AtomicBool,
+    gate: FreezeGate,
 }
 
 impl Disk {
@@ -111,7 +111,7 @@ impl Disk {
     }
 
     fn from_parts(space: Box<dyn AnySpace>, capacity: SectorCount, access: Access) -> Self {
-        Self { space, capacity, access, frozen: AtomicBool::new(false) }
+        Self { space, capacity, access, gate: FreezeGate::default() }
     }
 
     /// How many sectors it has.
@@ -128,8 +128,8 @@ impl Disk {
         &*self.space
     }
 
-    pub(crate) fn freeze(&self) {
-        self.frozen.store(true, Ordering::Release);
+    pub(crate) fn gate(&self) -> &FreezeGate {
+        &self.gate
     }
 
     fn check(&self, lba: Lba, count: SectorCount) -> Result<(ByteOffset, ByteSize), DiskError> {
@@ -149,11 +149,12 @@ impl Disk {
         Ok(self.check(lba, SectorCount::new(len / SECTOR_SIZE))?.0)
     }
 
-    fn check_writable(&self) -> Result<(), DiskError> {
+    /// Held for as long as a write takes: a freeze waits for it.
+    fn enter(&self) -> Result<Entered<'_>, DiskError> {
         if self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly);
         }
-        if self.frozen.load(Ordering::Acquire) { Err(DiskError::Frozen) } else { Ok(()) }
+        self.gate.enter().ok_or(DiskError::Frozen)
     }
 
     /// Fills `buf`, a whole number of sectors, from `lba`.
@@ -170,7 +171,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read`], and [`DiskError::ReadOnly`], [`DiskError::Frozen`], [`SpaceError::HeapLimit`].
     pub fn write(&self, lba: Lba, data: &[u8]) -> Result<(), DiskError> {
-        self.check_writable()?;
+        let _open = self.enter()?;
         let at = self.check_buffer(lba, data.len())?;
         Ok(self.space.write(at, data)?)
     }
@@ -189,7 +190,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn discard(&self, lba: Lba, count: SectorCount) -> Result<(), DiskError> {
-        self.check_writable()?;
+        let _open = self.enter()?;
         let (at, len) = self.check(lba, count)?;
         let pages = self.whole_pages(at, len);
         if pages.is_empty() { Ok(()) } else { Ok(self.space.zero(pages)?) }
@@ -200,7 +201,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, lba: Lba, count: SectorCount) -> Result<(), DiskError> {
-        self.check_writable()?;
+        let _open = self.enter()?;
         let (at, len) = self.check(lba, count)?;
         let (start, end) = (at.get(), at.get() + len.get());
         let pages = self.whole_pages(at, len);

@@ -66,6 +66,16 @@ fn leaf_of<P: PageRef>(slot: &Slot<P, Mid<P>>, l: usize) -> LeafRef<'_, P> {
     }
 }
 
+impl<'a, P: PageRef> LeafRef<'a, P> {
+    /// Without taking a reference of its own: a diff looks at every page of a leaf in which one has changed.
+    fn page(&self, page: u64) -> PageState<&'a P> {
+        match *self {
+            LeafRef::Uniform(state) => state,
+            LeafRef::Node(leaf) => leaf.get(page as usize % LEAF_PAGES),
+        }
+    }
+}
+
 fn diff_leaves<P: PageRef>(a: LeafRef<'_, P>, b: LeafRef<'_, P>, start: u64, end: u64, out: &mut PageSet) {
     match (&a, &b) {
         (LeafRef::Node(x), LeafRef::Node(y)) if Arc::ptr_eq(x, y) => {}
@@ -75,12 +85,8 @@ fn diff_leaves<P: PageRef>(a: LeafRef<'_, P>, b: LeafRef<'_, P>, start: u64, end
             }
         }
         _ => {
-            let state = |view: &LeafRef<'_, P>, at: u64| match view {
-                LeafRef::Uniform(state) => state.cloned(),
-                LeafRef::Node(leaf) => leaf.get(at as usize % LEAF_PAGES).cloned(),
-            };
             for page in start..end {
-                if !as_ref(&state(&a, page)).same(as_ref(&state(&b, page))) {
+                if !a.page(page).same(b.page(page)) {
                     push(out, page, page + 1);
                 }
             }

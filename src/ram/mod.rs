@@ -10,11 +10,11 @@ pub use layout::{LayoutError, RamLayout, RamRegion};
 pub use view::RamView;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::account::Usage;
 use crate::backing::{Backing, Word};
 use crate::error::SpaceError;
+use crate::gate::FreezeGate;
 use crate::page::{ByteOffset, ByteSize, Gfn, GuestAddress, PageCount, PageRange};
 
 /// What can go wrong with an access to guest memory. Nothing was changed.
@@ -54,7 +54,7 @@ pub enum RamError {
 pub struct Ram<B: Backing> {
     layout: RamLayout,
     space: B,
-    frozen: AtomicBool,
+    gate: FreezeGate,
 }
 
 impl<B: Backing> Ram<B> {
@@ -68,7 +68,7 @@ impl<B: Backing> Ram<B> {
     }
 
     pub(crate) fn over(layout: RamLayout, space: B) -> Self {
-        Self { layout, space, frozen: AtomicBool::new(false) }
+        Self { layout, space, gate: FreezeGate::default() }
     }
 
     /// Which guest addresses are RAM.
@@ -76,17 +76,20 @@ impl<B: Backing> Ram<B> {
         &self.layout
     }
 
-    /// The space that holds the pages.
+    /// The space that holds the pages. Only with feature `testing`: cutting or resetting it behind the VM's back leaves RAM at another
+    /// instant than the disks.
+    #[cfg(feature = "testing")]
     pub fn space(&self) -> &B {
         &self.space
     }
 
-    pub(crate) fn freeze(&self) {
-        self.frozen.store(true, Ordering::Release);
+    #[cfg(not(feature = "testing"))]
+    pub(crate) fn space(&self) -> &B {
+        &self.space
     }
 
-    fn check_writable(&self) -> Result<(), RamError> {
-        if self.frozen.load(Ordering::Acquire) { Err(RamError::Frozen) } else { Ok(()) }
+    pub(crate) fn gate(&self) -> &FreezeGate {
+        &self.gate
     }
 
     /// Fills `buf` from guest memory.
@@ -103,7 +106,7 @@ impl<B: Backing> Ram<B> {
     /// # Errors
     /// [`RamError::Hole`], [`RamError::Frozen`], [`RamError::Space`].
     pub fn write(&self, at: GuestAddress, data: &[u8]) -> Result<(), RamError> {
-        self.check_writable()?;
+        let _open = self.gate.enter().ok_or(RamError::Frozen)?;
         let offset = self.layout.locate(at, ByteSize::new(data.len() as u64))?;
         Ok(self.space.write(offset, data)?)
     }
@@ -126,12 +129,13 @@ impl<B: Backing> Ram<B> {
         self.write(at, &value.bytes()[..T::SIZE])
     }
 
-    /// Gives whole frames back, as a balloon does: they read as zeroes and take no memory.
+    /// Gives whole frames back, as a balloon does: they read as zeroes and take no memory. Frames are of this VM's page size: a
+    /// balloon that counts in 4 KiB frames over larger pages converts first.
     ///
     /// # Errors
     /// As [`Ram::write`], and [`SpaceError::Busy`] while views are held.
     pub fn discard(&self, first: Gfn, count: PageCount) -> Result<(), RamError> {
-        self.check_writable()?;
+        let _open = self.gate.enter().ok_or(RamError::Frozen)?;
         let size = self.layout.geometry().page_size();
         let len = size.size_of(count);
         let at = GuestAddress::new(first.get().saturating_mul(size.bytes().get()));

@@ -32,9 +32,9 @@ impl<B: PageBody> Ram<Heap<B>> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn view(&self) -> Result<RamView<'_, B>, RamError> {
+        // The gate before the space, as a freeze takes them; once the view is held, a freeze waits for it.
+        let _open = self.gate().enter().ok_or(RamError::Frozen)?;
         let view = self.space.view();
-        // Checked with the lock held: a freeze that comes later waits for this view first.
-        self.check_writable()?;
         Ok(RamView { layout: &self.layout, longest: self.layout.longest_span(), view })
     }
 }
@@ -86,5 +86,14 @@ impl<B: PageBody> RamView<'_, B> {
     /// As [`Ram::write`].
     pub fn write(&self, at: GuestAddress, data: &[u8]) -> Result<(), RamError> {
         Ok(self.view.write(self.layout.locate(at, ByteSize::new(data.len() as u64))?, data)?)
+    }
+
+    /// Stores `new` if the word holds `expected`, in one sequentially consistent step; says what the word held.
+    ///
+    /// # Errors
+    /// As [`HeapView::compare_exchange`], and [`RamError::Hole`].
+    pub fn compare_exchange<T: Word>(&self, at: GuestAddress, expected: T, new: T) -> Result<T, RamError> {
+        let offset = self.layout.locate(at, ByteSize::new(T::SIZE as u64))?;
+        Ok(self.view.compare_exchange(offset, expected, new)?)
     }
 }

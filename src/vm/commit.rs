@@ -55,9 +55,12 @@ impl<B: Backing> Vm<B> {
         }
         for (done, (own, theirs)) in pairs.iter().enumerate() {
             if let Err(error) = take_over(*own, *theirs) {
-                // Nothing had been written since the origin, so going back to it undoes exactly this call.
+                // Nothing had been written since the origin, so going back to it undoes exactly this call. The first error is the one
+                // to tell, and every space is tried.
                 for (own, _) in &pairs[..=done] {
-                    own.reset()?;
+                    if let Err(error) = own.reset() {
+                        tracing::error!(%error, "a space could not be put back after a failed commit");
+                    }
                 }
                 return Err(error.into());
             }

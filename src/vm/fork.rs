@@ -22,6 +22,7 @@ use super::{
 use crate::backing::{Backing, Cut};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
+use crate::gate::{FreezeGate, Shut};
 use crate::page::ByteSize;
 
 /// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call; a guest that was paused for it
@@ -126,6 +127,11 @@ impl<B: Backing> Vm<B> {
 
         let (parts, deferred) = {
             let _span = debug_span!("cut").entered();
+            // A freeze waits for the writes that are under way, and lets in no other until it is undone.
+            let gates = match afterwards {
+                Afterwards::StayFrozen => self.gates().map(FreezeGate::shut).collect(),
+                Afterwards::RunOn => Vec::new(),
+            };
             // Every lock is taken and every fallible step done before anything is kept; an early return drops the
             // cuts made so far, and a dropped cut is undone.
             let ram = self.ram.space().cut()?;
@@ -138,6 +144,7 @@ impl<B: Backing> Vm<B> {
                 deferred.push(later);
                 images.push((name.clone(), DiskImage::new(image, disk)));
             }
+            gates.into_iter().for_each(Shut::close);
             let layout = self.ram.layout().clone();
             let (parent, clones) = (self.identity.name.clone(), self.clones.clone());
             (PointParts { layout, ram, disks: images, device, parent, clones }, deferred)
@@ -147,8 +154,6 @@ impl<B: Backing> Vm<B> {
         let resumed = match afterwards {
             Afterwards::StayFrozen => {
                 guest.resume = false;
-                self.ram.freeze();
-                self.disks.iter().for_each(|(_, disk)| disk.freeze());
                 guest.busy.after = VmStatus::Frozen;
                 Ok(Ok(()))
             }
@@ -169,6 +174,11 @@ impl<B: Backing> Vm<B> {
             Ok(Err(error)) => Err(ForkError::Resume(error)),
             Err(panic) => resume_unwind(panic),
         }
+    }
+
+    /// The gates that a freeze closes, in the order in which the spaces are cut.
+    fn gates(&self) -> impl Iterator<Item = &FreezeGate> {
+        [self.ram.gate()].into_iter().chain(self.disks.iter().map(|(_, disk)| disk.gate()))
     }
 
     fn check_state(&self, device: &DeviceState) -> Result<(), ForkError> {

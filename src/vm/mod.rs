@@ -127,7 +127,7 @@ impl<B: Backing> Vm<B> {
     /// The most disks that one VM may have.
     pub const MAX_DISKS: u64 = 256;
 
-    /// A VM that is off, with RAM all zeroes.
+    /// A VM that is off, with RAM all zeroes. Disks count, and are limited, in the tree that they were made with.
     ///
     /// # Errors
     /// [`BuildError`].

@@ -53,9 +53,24 @@ impl Stopwatch {
     }
 }
 
+type Done = Arc<(Mutex<Option<Duration>>, Condvar)>;
+
+/// Says that work is done.
+struct Tell {
+    start: Instant,
+    done: Done,
+}
+
+impl Drop for Tell {
+    fn drop(&mut self) {
+        *self.done.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.start.elapsed());
+        self.done.1.notify_all();
+    }
+}
+
 /// Work that a fork put off until the guest ran again: page tables to tear down, tables to free.
 #[derive(Clone, Debug, Default)]
-pub struct Teardown(Option<Arc<(Mutex<Option<Duration>>, Condvar)>>);
+pub struct Teardown(Option<Done>);
 
 impl Teardown {
     /// Does cheap work now and the rest on a thread of its own; here, if no thread can be had.
@@ -69,10 +84,10 @@ impl Teardown {
         let finish = {
             let done = done.clone();
             move |work: Vec<Deferred>| {
-                let start = Instant::now();
+                let done = done.clone();
+                // On drop, so that whoever waits is told even if the work panics.
+                let _tell = Tell { start: Instant::now(), done };
                 drop(work);
-                *done.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(start.elapsed());
-                done.1.notify_all();
             }
         };
         // The work goes through a slot so that it is still ours if the thread cannot be made.

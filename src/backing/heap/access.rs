@@ -10,7 +10,7 @@ use super::page::{Page, PageBody, WORD};
 use super::{Heap, PageArc, State};
 use crate::error::SpaceError;
 use crate::overlay::PageState;
-use crate::page::{ByteOffset, ByteSize, Geometry, PageIndex, PageRange};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange};
 use crate::sync::RwLockReadGuard;
 
 /// An access as the pages it touches: (page, byte within it, range of the caller's buffer).
@@ -83,6 +83,15 @@ impl<B: PageBody> State<B> {
             own.write(within, &data[part]);
         }
         Ok(())
+    }
+
+    /// This VM's own copy of a page, made if there is none.
+    fn private(&self, page: PageIndex) -> Result<&PageArc<B>, SpaceError> {
+        if self.live.get(page).is_none() {
+            let copy = self.private_copy(page, 0, &[])?;
+            self.install(page, copy);
+        }
+        Ok(self.live.get(page).expect("installed above, and nobody takes a page out while the lock is held"))
     }
 
     /// The page that breaks sharing for this write: a copy of what is there, or the data itself where it fills the page.
@@ -258,5 +267,80 @@ impl<B: PageBody> HeapView<'_, B> {
             return Ok(());
         }
         self.state.write(at, &value.bytes()[..T::SIZE])
+    }
+
+    /// Stores `new` if the word holds `expected`, in one sequentially consistent step: what a simulator's atomic instructions are
+    /// made of. Says what the word held: it was stored if that is `expected`.
+    ///
+    /// # Errors
+    /// As [`Backing::write`](super::Backing::write); [`GeometryError::Misaligned`] unless the address is a multiple of the word's size.
+    ///
+    /// ```
+    /// # use offshoot::{Tree, backing::{Backing, Heap}, page::*};
+    /// # let ram: Heap = Heap::create(&Tree::default(), Geometry::new(ByteSize::mib(1), PageSize::KIB_4)?, None)?;
+    /// let view = ram.view();
+    /// assert_eq!(view.compare_exchange(ByteOffset::new(4), 0u32, 7)?, 0); // stored
+    /// assert_eq!(view.compare_exchange(ByteOffset::new(4), 0u32, 9)?, 7); // not stored
+    /// # Ok::<(), offshoot::SpaceError>(())
+    /// ```
+    pub fn compare_exchange<T: Word>(&self, at: ByteOffset, expected: T, new: T) -> Result<T, SpaceError> {
+        let len = ByteSize::new(T::SIZE as u64);
+        self.state.geometry.check(at, len)?;
+        let Some((page, within)) = self.aligned::<T>(at) else {
+            return Err(GeometryError::Misaligned { len: ByteSize::new(at.get()), page_size: len }.into());
+        };
+        Ok(T::join(self.state.private(page)?.compare_exchange(
+            within,
+            &expected.bytes()[..T::SIZE],
+            &new.bytes()[..T::SIZE],
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tree;
+    use crate::backing::{Backing, Cut, Page4K, Sealed};
+    use crate::page::PageSize;
+
+    #[test]
+    fn an_exchange_breaks_sharing_and_keeps_its_neighbours() {
+        let geometry = Geometry::new(ByteSize::kib(8), PageSize::KIB_4).unwrap();
+        let parent: Heap<Page4K> = Backing::create(&Tree::default(), geometry, None).unwrap();
+        parent.write(ByteOffset::new(4096), &[9; 16]).unwrap();
+        let (image, _deferred) = parent.cut().unwrap().commit();
+        let clone = image.spawn().unwrap();
+        let at = |byte: u64| ByteOffset::new(4096 + byte);
+        let view = clone.view();
+        assert_eq!(view.compare_exchange(at(2), 0x0909u16, 0x0102).unwrap(), 0x0909);
+        assert_eq!(view.compare_exchange(at(2), 0x0909u16, 0x0304).unwrap(), 0x0102, "not stored");
+        assert_eq!(view.load::<u16>(at(2)).unwrap(), 0x0102);
+        assert_eq!((view.load::<u16>(at(0)).unwrap(), view.load::<u32>(at(4)).unwrap()), (0x0909, 0x0909_0909));
+        assert!(view.compare_exchange(at(1), 0u16, 0).is_err(), "misaligned");
+        assert!(view.compare_exchange(ByteOffset::new(8192), 0u8, 0).is_err(), "past the end");
+        assert_eq!(parent.view().load::<u16>(at(2)).unwrap(), 0x0909);
+    }
+
+    #[test]
+    fn exchanges_of_several_threads_lose_nothing() {
+        let geometry = Geometry::new(ByteSize::kib(4), PageSize::KIB_4).unwrap();
+        let ram: Heap<Page4K> = Backing::create(&Tree::default(), geometry, None).unwrap();
+        std::thread::scope(|threads| {
+            for _ in 0..3 {
+                threads.spawn(|| {
+                    let view = ram.view();
+                    for _ in 0..2000 {
+                        let mut now = view.load::<u32>(ByteOffset::new(8)).unwrap();
+                        while let seen = view.compare_exchange(ByteOffset::new(8), now, now + 1).unwrap()
+                            && seen != now
+                        {
+                            now = seen;
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(ram.view().load::<u32>(ByteOffset::new(8)).unwrap(), 6000);
     }
 }

@@ -7,7 +7,8 @@
 //! Must not know where a page is kept or who owns it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use crate::account::Charge;
 use crate::page::PageSize;
@@ -155,6 +156,26 @@ impl<B: PageBody> Page<B> {
         }
         if !tail.is_empty() {
             merge(&words[word + whole.len()], 0, tail);
+        }
+    }
+
+    /// Exchanges bytes within one word if they are `expected`; what they were, at the front of the result.
+    pub(super) fn compare_exchange(&self, at: usize, expected: &[u8], new: &[u8]) -> [u8; WORD] {
+        let (word, skip) = (&self.body.words()[at / WORD], at % WORD);
+        let part = skip..skip + expected.len();
+        let mut now = word.load(SeqCst);
+        loop {
+            let mut bytes = now.to_ne_bytes();
+            let mut held = [0; WORD];
+            held[..expected.len()].copy_from_slice(&bytes[part.clone()]);
+            if bytes[part.clone()] != *expected {
+                return held;
+            }
+            bytes[part.clone()].copy_from_slice(new);
+            match word.compare_exchange_weak(now, u64::from_ne_bytes(bytes), SeqCst, SeqCst) {
+                Ok(_) => return held,
+                Err(seen) => now = seen,
+            }
         }
     }
 

@@ -47,6 +47,8 @@ enum Step {
 impl<'a> MappedCut<'a> {
     pub(super) fn begin(mut state: RwLockWriteGuard<'a, State>) -> Result<Self, SpaceError> {
         if matches!(state.view, View::Shared(_)) {
+            // Refused before the file is sealed, which cannot be undone.
+            state.origin.check_depth()?;
             let layer = seal_own_file(&mut state)?;
             let spot = Spot { layer: layer.clone(), content: Content::Data };
             let index = Index::uniform(state.geometry().pages(), &PageState::Data(spot));
@@ -235,16 +237,18 @@ impl Cut for MappedCut<'_> {
 
 /// Lays a layer over the pages it was copied from. One run of data and holes together is one mapping.
 fn lay(state: &mut State, built: &Built) {
+    let spot = |content| Spot { layer: built.layer.clone(), content };
+    let mut private = PageSet::new();
     for run in built.data.union(&built.holes).runs() {
-        let whole = Spot { layer: built.layer.clone(), content: Content::Data };
-        if let Err(error) = state.show(run, &whole) {
+        if let Err(error) = state.show(run, &spot(Content::Data)) {
             tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
-            continue;
+            private.push(run);
         }
-        let hole = Spot { layer: built.layer.clone(), content: Content::Hole };
-        for holes in built.holes.runs().map(|holes| holes.intersect(run)).filter(|holes| !holes.is_empty()) {
-            state.shown.set(holes, &PageState::Data(hole.clone()));
-        }
+    }
+    let hole = PageState::Data(spot(Content::Hole));
+    // A run of holes lies within one run that was laid, or within one that was not.
+    for holes in built.holes.runs().filter(|holes| private.count_in(*holes).is_zero()) {
+        state.shown.set(holes, &hole);
     }
     // Everything laid: the index is the image's own, node for node, and not only in content.
     if state.shown.diff(state.origin.index()).is_empty() {

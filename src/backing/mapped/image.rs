@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use super::Mapped;
-use super::layer::{Content, Family, Layer, LayerBuilder, Spot, host_pages};
+use super::layer::{Content, Family, Layer, LayerBuilder, Spot, host_pages, space_pages};
 use crate::account::{Charge, Item};
 use crate::backing::{Sealed, Tree};
 use crate::error::SpaceError;
@@ -64,6 +64,11 @@ impl MappedImage {
         let _charge = tree.0.charge(Item::Image);
         let (tree, plan) = (tree.clone(), OnceLock::new());
         Self(Arc::new(Inner { tree, geometry, family, index, base, lineage, plan, _charge }))
+    }
+
+    /// Whether there may be an image one cut further on.
+    pub(super) fn check_depth(&self) -> Result<(), SpaceError> {
+        self.0.lineage.child(self.0.tree.limits().depth).map(drop)
     }
 
     /// The image one cut further on.
@@ -127,6 +132,23 @@ impl MappedImage {
         }
         let extents: Vec<_> = plan.extents.iter().map(|(range, layer)| (*range, &layer.file)).collect();
         Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), Placement::Anywhere)?)
+    }
+
+    /// The pages of `range` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
+    pub(super) fn data_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        if self.is_root() {
+            let mut base = PageSet::new();
+            base.push(self.base_pages().intersect(range));
+            return Ok(base);
+        }
+        let mut data = PageSet::new();
+        for (run, state) in self.0.index.runs(range) {
+            if let PageState::Data(Spot { layer, content: Content::Data }) = state {
+                let held = layer.file.data_in(host_pages(self.0.geometry, run))?;
+                data = data.union(&space_pages(self.0.geometry, &held));
+            }
+        }
+        Ok(data)
     }
 
     fn check_related(&self, other: &Self) -> Result<(), SpaceError> {
@@ -235,7 +257,7 @@ impl Sealed for MappedImage {
     fn flatten(&self) -> Result<Self, SpaceError> {
         let (tree, geometry) = (&self.0.tree, self.0.geometry);
         let mut builder = LayerBuilder::new(tree, geometry)?;
-        builder.copy_from_source(self, geometry.all())?;
+        builder.copy_from_image(self, geometry.all())?;
         let built = builder.finish()?;
         let mut index = Index::uniform(geometry.pages(), &PageState::Absent);
         built.name_in(&mut index);
@@ -251,7 +273,7 @@ impl Sealed for MappedImage {
         let mut index = ancestor.0.index.clone();
         let mut builder = LayerBuilder::new(tree, geometry)?;
         for run in self.0.index.diff(&index).runs() {
-            builder.copy_from_source(self, run)?;
+            builder.copy_from_image(self, run)?;
         }
         let built = builder.finish()?;
         built.name_in(&mut index);

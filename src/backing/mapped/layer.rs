@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
+use super::MappedImage;
 use crate::account::{Allocated, Charge, Item};
 use crate::backing::Tree;
 use crate::error::SpaceError;
@@ -154,19 +155,25 @@ impl<'a> LayerBuilder<'a> {
         Ok(is_zero(bytes))
     }
 
-    /// Copies `range` from any source. Runs are to come in ascending order.
-    pub(super) fn copy_from_source(&mut self, source: &dyn Source, range: PageRange) -> Result<(), SpaceError> {
+    /// Copies `range` from an image, which says where there is anything to copy. Runs are to come in ascending order.
+    pub(super) fn copy_from_image(&mut self, image: &MappedImage, range: PageRange) -> Result<(), SpaceError> {
         let size = self.geometry.page_size();
         let mut bytes = vec![0; size.bytes().get() as usize];
-        for page in range.iter() {
-            source.read(size.start_of(page), &mut bytes)?;
-            if is_zero(&bytes) {
-                self.holes.push(PageRange::one(page));
-            } else {
-                self.file.write_at(size.start_of(page), &bytes)?;
-                self.data.push(PageRange::one(page));
+        let mut done = range.start();
+        for run in image.data_in(range)?.runs() {
+            self.holes.push(PageRange::from_bounds(done, run.start()));
+            for page in run.iter() {
+                image.read(size.start_of(page), &mut bytes)?;
+                if is_zero(&bytes) {
+                    self.holes.push(PageRange::one(page));
+                } else {
+                    self.file.write_at(size.start_of(page), &bytes)?;
+                    self.data.push(PageRange::one(page));
+                }
             }
+            done = run.end();
         }
+        self.holes.push(PageRange::from_bounds(done, range.end()));
         Ok(())
     }
 
