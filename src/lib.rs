@@ -92,10 +92,13 @@ pub use account::{Limits, TreeUsage, Usage};
 pub use backing::Tree;
 pub use error::{ImageError, SpaceError, SystemError};
 pub use vm::{
-    AtRest, BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, ForkError, ForkPoint,
-    ForkTimings, GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff, ResetError, Rewind,
-    SpawnError, StateObject, Teardown, Uuid, Vm, VmName, VmStatus, VmUsage,
+    AtRest, BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, Fallback, ForkError,
+    ForkPoint, ForkTimings, GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff,
+    PrecopyEnd, PrecopyRound, PrecopyTimings, ResetError, Rewind, SpawnError, StateObject, Teardown, Uuid, Vm, VmName,
+    VmStatus, VmUsage,
 };
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use vm::{LivePolicy, OnExceeded};
 
 /// The README's example is compiled with the tests.
 #[cfg(doctest)]

@@ -16,6 +16,8 @@ mod mapped;
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use mapped::{HostRange, Mapped, MappedCut, MappedImage};
 
 use std::fmt;

@@ -31,7 +31,7 @@ pub(crate) enum PageState<P> {
 }
 
 impl<P: PageRef> PageState<P> {
-    fn as_ref(&self) -> PageState<&P> {
+    pub(crate) fn as_ref(&self) -> PageState<&P> {
         match self {
             Self::Absent => PageState::Absent,
             Self::Zero => PageState::Zero,

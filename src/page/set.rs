@@ -82,6 +82,28 @@ impl PageSet {
         }
     }
 
+    /// The pages that are in this set and not in the other. O(runs of both).
+    #[must_use]
+    pub fn difference(&self, other: &Self) -> Self {
+        let mut out = Self::new();
+        let mut cuts = other.runs().peekable();
+        for run in self.runs() {
+            let mut at = run.start();
+            while cuts.next_if(|cut| cut.end() <= at).is_some() {}
+            // A cut that reaches past this run may touch the next one too: it is looked at, not taken.
+            while let Some(cut) = cuts.peek().filter(|cut| cut.start() < run.end()) {
+                out.push(PageRange::from_bounds(at, cut.start()));
+                at = cut.end();
+                if at >= run.end() {
+                    break;
+                }
+                cuts.next();
+            }
+            out.push(PageRange::from_bounds(at, run.end()));
+        }
+        out
+    }
+
     /// The set with every gap of at most `pages` between two of its runs filled in.
     #[must_use]
     pub fn closing_gaps(&self, pages: PageCount) -> Self {
@@ -149,6 +171,8 @@ mod tests {
             let b: BTreeSet<u64> = (0..random()).map(|_| random()).collect();
             let both: BTreeSet<u64> = a.union(&b).copied().collect();
             assert_eq!(set(&a).union(&set(&b)), set(&both));
+            let only: BTreeSet<u64> = a.difference(&b).copied().collect();
+            assert_eq!(set(&a).difference(&set(&b)), set(&only));
             let (from, to) = (random(), random());
             let range = PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to));
             let inside = a.iter().filter(|page| range.contains(PageIndex::new(**page))).count() as u64;

@@ -21,6 +21,10 @@ pub(crate) enum Call {
     ProcessMadvise,
     Open,
     PagemapScan,
+    Userfaultfd,
+    UffdApi,
+    UffdRegister,
+    UffdWriteProtect,
     Getrandom,
 }
 
@@ -42,6 +46,10 @@ impl Call {
             Self::ProcessMadvise => "process_madvise",
             Self::Open => "open",
             Self::PagemapScan => "ioctl(PAGEMAP_SCAN)",
+            Self::Userfaultfd => "userfaultfd",
+            Self::UffdApi => "ioctl(UFFDIO_API)",
+            Self::UffdRegister => "ioctl(UFFDIO_REGISTER)",
+            Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
         }
     }

@@ -33,10 +33,10 @@ pub(crate) enum ScanMethod {
 /// `struct page_region`: a run of pages of the same categories.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
+pub(super) struct Region {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) categories: u64,
 }
 
 /// `struct pm_scan_arg`.
@@ -60,17 +60,44 @@ struct ScanArg {
 const _: () = assert!(size_of::<Region>() == 24);
 const _: () = assert!(size_of::<ScanArg>() == 96);
 
-const PAGE_IS_FILE: u64 = 1 << 2;
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
+pub(super) const PAGE_IS_FILE: u64 = 1 << 2;
+pub(super) const PAGE_IS_PRESENT: u64 = 1 << 3;
+pub(super) const PAGE_IS_SWAPPED: u64 = 1 << 4;
 
 /// The table's bits: file-backed or shared, swapped, present.
 const PM_FILE: u64 = 1 << 61;
 const PM_SWAP: u64 = 1 << 62;
 const PM_PRESENT: u64 = 1 << 63;
 
-/// How many runs one call can answer with: 6 KiB, on the stack.
-const REGIONS: usize = 256;
+/// How many runs one call can answer with: 6 KiB, on the stack. Past 512 (the kernel's own buffer), Linux 6.18 here named the last runs
+/// of a call twice.
+pub(super) const REGIONS: usize = 256;
+
+/// What is asked of the page tables; see pagemap.rst for how the masks work together.
+#[derive(Clone, Copy)]
+pub(super) struct Question {
+    pub(super) flags: u64,
+    pub(super) inverted: u64,
+    pub(super) all_of: u64,
+    pub(super) any_of: u64,
+    pub(super) answer: u64,
+}
+
+/// Private: not of a file, and in memory or in swap.
+const PRIVATE: Question = Question {
+    flags: 0,
+    inverted: PAGE_IS_FILE,
+    all_of: PAGE_IS_FILE,
+    any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+    // Nothing to tell runs apart by: the longest runs.
+    answer: PAGE_IS_FILE,
+};
+
+/// What one call found: runs, each with the categories asked for, up to the address that it came to.
+pub(super) struct Found<'a> {
+    pub(super) runs: &'a [Region],
+    pub(super) up_to: u64,
+}
 
 /// A handle on this process's page tables. Belongs to the process that opened it: after fork(2) the child must open
 /// its own.
@@ -93,8 +120,8 @@ impl Pagemap {
     /// The private pages within `range`. With the ioctl about 1 µs and what the page tables in `range` cost: some
     /// 3 ms per GiB if every page is mapped, next to nothing where none is. A shared view has none.
     ///
-    /// A page that is being migrated counts as what it was. Pages armed for userfaultfd write protection without being
-    /// present may count as private: do not arm a range and scan it with this.
+    /// A page that is being migrated counts as what it was. A page of a file that was write-protected and then reclaimed, or dropped by
+    /// madvise(2), counts as private: the kernel keeps a marker in its place. See [`written`](Self::written).
     ///
     /// # Errors
     /// [`SysError::Range`]; [`SysError::Unsupported`] for [`ScanMethod::Ioctl`] before Linux 6.7.
@@ -129,11 +156,10 @@ impl Pagemap {
         method: ScanMethod,
         mut each: impl FnMut(PageRange) -> Result<(), SysError>,
     ) -> Result<(), SysError> {
-        let (base, len) = mapping.span(range)?;
-        if len == 0 {
+        let span = Span::of(mapping, range)?;
+        if span.len == 0 {
             return Ok(());
         }
-        let span = Span { base: base.addr() as u64, len: len as u64, first: range.start() };
         match method {
             ScanMethod::Table => self.read_table(span, &mut each),
             ScanMethod::Ioctl | ScanMethod::Best => match self.ask(span, &mut each)? {
@@ -149,42 +175,50 @@ impl Pagemap {
     /// By the ioctl.
     fn ask(&self, span: Span, each: &mut impl FnMut(PageRange) -> Result<(), SysError>) -> Result<Asked, SysError> {
         let mut regions = [Region::default(); REGIONS];
-        let end = span.base + span.len;
-        let mut arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
-            start: span.base,
-            end,
-            vec_len: REGIONS as u64,
-            // Private: not of a file, and in memory or in swap.
-            category_inverted: PAGE_IS_FILE,
-            category_mask: PAGE_IS_FILE,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            // Nothing to tell runs apart by: the longest runs.
-            return_mask: PAGE_IS_FILE,
-            ..ScanArg::default()
-        };
-        while arg.start < end {
-            arg.vec = regions.as_mut_ptr().expose_provenance() as u64;
-            let found = checked_errno(Call::PagemapScan, || {
-                // SAFETY: `arg` names `regions`, which lives and is not otherwise used during the call, and the
-                // kernel writes at most `vec_len` of them.
-                unsafe { rustix::ioctl::ioctl(&self.fd, Scan(&mut arg)) }
-            });
-            let found = match found {
+        let mut at = span.base;
+        while at < span.end() {
+            let found = match self.call(PRIVATE, at, span.end(), &mut regions) {
                 Ok(found) => found,
                 // ENOTTY: a kernel without the ioctl.
-                Err(Errno::NOTTY | Errno::INVAL) if arg.start == span.base => return Ok(Asked::Unknown),
+                Err(Errno::NOTTY | Errno::INVAL) if at == span.base => return Ok(Asked::Unknown),
                 Err(errno) => return Err(SysError::new(Call::PagemapScan, errno)),
             };
-            for region in regions.iter().take(found) {
-                each(span.pages(region.start, region.end))?;
-            }
-            if arg.walk_end <= arg.start {
-                return Err(SysError::Other { call: Call::PagemapScan, errno: Errno::IO });
-            }
-            arg.start = arg.walk_end;
+            found.runs.iter().try_for_each(|run| each(span.pages(run.start, run.end)))?;
+            at = found.up_to;
         }
         Ok(Asked::Done)
+    }
+
+    /// One call: from address `at` towards `end`, until `regions` is full. It always gets further, or fails.
+    pub(super) fn call<'r>(
+        &self,
+        question: Question,
+        at: u64,
+        end: u64,
+        regions: &'r mut [Region; REGIONS],
+    ) -> Result<Found<'r>, Errno> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags: question.flags,
+            start: at,
+            end,
+            vec: regions.as_mut_ptr().expose_provenance() as u64,
+            vec_len: REGIONS as u64,
+            category_inverted: question.inverted,
+            category_mask: question.all_of,
+            category_anyof_mask: question.any_of,
+            return_mask: question.answer,
+            ..ScanArg::default()
+        };
+        let found = checked_errno(Call::PagemapScan, || {
+            // SAFETY: `arg` names `regions`, which lives and is not otherwise used during the call, and the
+            // kernel writes at most `vec_len` of them. Write protection, if asked for, changes no content.
+            unsafe { rustix::ioctl::ioctl(&self.fd, Scan(&mut arg)) }
+        })?;
+        if arg.walk_end <= at {
+            return Err(Errno::IO);
+        }
+        Ok(Found { runs: &regions[..found.min(REGIONS)], up_to: arg.walk_end })
     }
 
     /// By the table.
@@ -233,15 +267,26 @@ enum Asked {
 
 /// Part of the address space, and the page number that it starts at.
 #[derive(Clone, Copy)]
-struct Span {
-    base: u64,
+pub(super) struct Span {
+    pub(super) base: u64,
     len: u64,
     first: PageIndex,
 }
 
 impl Span {
+    /// Where `range` of a mapping lies.
+    pub(super) fn of(mapping: &Mapping, range: PageRange) -> Result<Self, SysError> {
+        let (base, len) = mapping.span(range)?;
+        Ok(Self { base: base.addr() as u64, len: len as u64, first: range.start() })
+    }
+
+    /// The address after the last.
+    pub(super) fn end(self) -> u64 {
+        self.base + self.len
+    }
+
     /// Addresses as page numbers.
-    fn pages(self, start: u64, end: u64) -> PageRange {
+    pub(super) fn pages(self, start: u64, end: u64) -> PageRange {
         let page =
             |at: u64| PageIndex::new(self.first.get() + (at.clamp(self.base, self.base + self.len) - self.base) / 4096);
         PageRange::from_bounds(page(start), page(end))

@@ -12,18 +12,20 @@
 //! Must not know what the spaces are made of.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Duration;
 
 use tracing::debug_span;
 
 use super::timings::Stopwatch;
 use super::{
-    BoxError, Busy, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, Teardown, Vm, VmStatus, point::PointParts,
+    BoxError, Busy, DeviceState, ForkPoint, ForkTimings, Guest, IllegalState, PrecopyTimings, Teardown, Vm, VmStatus,
+    point::PointParts,
 };
 use crate::backing::{Backing, Cut};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
 use crate::gate::{FreezeGate, Shut};
-use crate::page::ByteSize;
+use crate::page::{ByteSize, PageCount};
 
 /// Why there is no fork point. Except for [`ForkError::Resume`], the VM is as it was before the call; a guest that was paused for it
 /// and could not be resumed leaves the VM [`VmStatus::Paused`] whatever the error.
@@ -50,6 +52,19 @@ pub enum ForkError {
     /// A space could not be flushed or cut.
     #[error("the cut failed and was undone: {0}")]
     Cut(#[from] SpaceError),
+    /// A live fork's pause would have been longer than its policy allows, which was to give up then.
+    #[error(
+        "the pause would last {estimate:?} for {pages} pages still to copy, the policy allows {limit:?}: fork when the guest writes \
+         less, allow more rounds or a longer pause, or let the policy stop and copy"
+    )]
+    PauseTooLong {
+        /// How long it would have been.
+        estimate: Duration,
+        /// The limit: `LivePolicy::max_pause`.
+        limit: Duration,
+        /// Pages that were left to copy.
+        pages: PageCount,
+    },
     /// The embedder could not resume the guest: the VM is [`VmStatus::Paused`], its content unchanged, and the cut that was made is its
     /// [`Vm::origin`]. Call the guest's `resume` again, then [`Vm::start`].
     #[error("the guest could not be resumed, and stands paused: {0}")]
@@ -58,7 +73,7 @@ pub enum ForkError {
 
 /// A guest that this fork paused, and the status of its VM; resumed on drop unless that was done.
 struct PausedGuest<'a, 'g, B: Backing, G: Guest + ?Sized> {
-    busy: Busy<'a, B>,
+    busy: &'g mut Busy<'a, B>,
     guest: &'g mut G,
     resume: bool,
 }
@@ -93,7 +108,7 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ForkError`]. The VM runs on, unchanged, and nothing is left behind.
     pub fn fork(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
-        self.cut_all(guest, Afterwards::RunOn)
+        self.cut_now(guest, Afterwards::RunOn)
     }
 
     /// Freezes the VM: cuts it as [`Vm::fork`] does and leaves it stopped for good. Any number of clones start from the fork point and the
@@ -102,14 +117,33 @@ impl<B: Backing> Vm<B> {
     /// # Errors
     /// [`ForkError`]; a VM frozen already is [`ForkError::IllegalState`]: its fork point is [`Vm::origin`].
     pub fn freeze(&self, guest: &mut (impl Guest + ?Sized)) -> Result<ForkPoint<B>, ForkError> {
-        self.cut_all(guest, Afterwards::StayFrozen)
+        self.cut_now(guest, Afterwards::StayFrozen)
     }
 
-    fn cut_all(&self, guest: &mut (impl Guest + ?Sized), afterwards: Afterwards) -> Result<ForkPoint<B>, ForkError> {
+    pub(super) fn start_cut(&self, call: &'static str) -> Result<Started<'_, B>, IllegalState> {
+        let clock = Stopwatch::start();
+        let busy = self.begin(call, "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        Ok(Started { clock, busy })
+    }
+
+    /// The transaction with nothing prepared.
+    fn cut_now(&self, guest: &mut (impl Guest + ?Sized), afterwards: Afterwards) -> Result<ForkPoint<B>, ForkError> {
+        let mut started = self.start_cut(afterwards.call())?;
+        self.cut_all(guest, afterwards, &mut started, || Ok(RamCut { cut: self.ram.space().cut()?, precopy: None }))
+    }
+
+    /// The transaction. `cut_ram` is called with the guest paused; what it prepared before is its own to undo.
+    pub(super) fn cut_all<'a>(
+        &'a self,
+        guest: &mut (impl Guest + ?Sized),
+        afterwards: Afterwards,
+        started: &mut Started<'a, B>,
+        cut_ram: impl FnOnce() -> Result<RamCut<'a, B>, ForkError>,
+    ) -> Result<ForkPoint<B>, ForkError> {
         let _span = debug_span!("fork", vm = %self.identity.name).entered();
-        let mut clock = Stopwatch::start();
-        let busy = self.begin(afterwards.call(), "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
+        let Started { clock, busy } = started;
         let mut timings = ForkTimings::default();
+        clock.lap();
 
         let was_running = busy.before == VmStatus::Running;
         if was_running {
@@ -134,7 +168,8 @@ impl<B: Backing> Vm<B> {
             };
             // Every lock is taken and every fallible step done before anything is kept; an early return drops the
             // cuts made so far, and a dropped cut is undone.
-            let ram = self.ram.space().cut()?;
+            let RamCut { cut: ram, precopy } = cut_ram()?;
+            timings.precopy = precopy;
             let disks: Vec<_> = self.disks.iter().map(|(_, disk)| disk.space().cut()).collect::<Result<_, _>>()?;
             let (ram, ram_deferred) = ram.commit();
             let mut deferred = vec![ram_deferred];
@@ -195,9 +230,21 @@ impl<B: Backing> Vm<B> {
     }
 }
 
+/// A cut under way: its clock runs and the VM is busy.
+pub(super) struct Started<'a, B: Backing> {
+    pub(super) clock: Stopwatch,
+    busy: Busy<'a, B>,
+}
+
+/// RAM's cut, and what was copied ahead of it.
+pub(super) struct RamCut<'a, B: Backing> {
+    pub(super) cut: B::Cut<'a>,
+    pub(super) precopy: Option<PrecopyTimings>,
+}
+
 /// What becomes of the source.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Afterwards {
+pub(super) enum Afterwards {
     RunOn,
     StayFrozen,
 }

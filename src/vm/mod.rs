@@ -7,6 +7,8 @@ mod commit;
 mod fork;
 mod guest;
 mod identity;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod live;
 mod point;
 mod reset;
 mod timings;
@@ -15,9 +17,11 @@ pub use commit::CommitError;
 pub use fork::ForkError;
 pub use guest::{AtRest, BoxError, DeviceState, Guest, Rewind, StateObject};
 pub use identity::{CloneSpec, Config, GenerationId, Identity, IdentityError, MacAddress, Uuid, VmName};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub use live::{LivePolicy, OnExceeded};
 pub use point::{ForkPoint, PointDiff, SpawnError};
 pub use reset::ResetError;
-pub use timings::{ForkTimings, Teardown};
+pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings, Teardown};
 
 use std::fmt;
 use std::sync::Arc;

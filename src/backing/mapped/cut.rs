@@ -3,7 +3,8 @@
 //! First: the file is sealed against new writers and the view is moved aside, page tables and all, while a private view takes its
 //! place; nothing is copied and the cost does not grow with RAM. Later: the private pages are found in the page
 //! tables and copied into a new layer; the commit lays it over them. Where they are so scattered that the mappings would exceed
-//! their limit, small gaps of clean pages are copied along.
+//! their limit, small gaps of clean pages are copied along. Live: the layer was made ahead by [`precopy`](super::precopy), and the
+//! private pages stay.
 //!
 //! Everything that can fail happens before the commit, but for laying extents: one that cannot be laid leaves its pages
 //! private, which shows the same bytes and only costs memory.
@@ -15,12 +16,12 @@ use std::sync::Arc;
 use parking_lot::RwLockWriteGuard;
 
 use super::image::layer_runs;
-use super::layer::{Built, Content, Layer, LayerBuilder, Spot, seal_error};
+use super::layer::{Content, Layer, LayerBuilder, Spot, seal_error};
 use super::{MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
 use crate::error::SpaceError;
 use crate::overlay::{Index, PageState};
-use crate::page::{ByteSize, PageCount, PageIndex, PageRange, PageSet};
+use crate::page::{ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSet};
 use crate::sys::freeze::{MovedAside, Restored};
 use crate::sys::memfd::{FinalSeal, SealFailed};
 
@@ -38,8 +39,10 @@ pub struct MappedCut<'a> {
 enum Step {
     /// The view was moved aside.
     First { aside: Option<MovedAside>, layer: Arc<Layer> },
-    /// A layer waits to be laid over the private pages it was copied from.
-    Later(Option<Built>),
+    /// A layer was made of the private pages, and waits to be laid over them.
+    Later,
+    /// A layer was made ahead, and stays beside the private pages it was copied from.
+    Live(Arc<Layer>),
     /// Committed.
     Done,
 }
@@ -60,11 +63,18 @@ impl<'a> MappedCut<'a> {
             state.view = View::Private;
             return Ok(Self { state, sealed, step: Step::First { aside, layer } });
         }
-        let private = state.private_pages()?;
-        let mut index = state.shown.clone();
-        let built = if private.is_empty() { None } else { Some(copy_private(&state, &private, &mut index)?) };
+        let written = state.written_pages()?;
+        let mut index = state.next_index();
+        if !written.is_empty() {
+            copy_written(&state, &written, &mut index)?;
+        }
         let sealed = state.origin.child(index)?;
-        Ok(Self { state, sealed, step: Step::Later(built) })
+        Ok(Self { state, sealed, step: Step::Later })
+    }
+
+    /// A cut whose layer, sealed, was made ahead by a pre-copy, which undoes what it did if this is dropped.
+    pub(super) fn live(state: RwLockWriteGuard<'a, State>, sealed: MappedImage, layer: Arc<Layer>) -> Self {
+        Self { state, sealed, step: Step::Live(layer) }
     }
 }
 
@@ -90,12 +100,13 @@ fn seal_own_file(state: &mut State) -> Result<Arc<Layer>, SpaceError> {
     }
 }
 
-/// Copies the private pages into a new layer and names it in `index`, within the limit on mappings.
-fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Result<Built, SpaceError> {
+/// Copies pages into a new layer and names it in `index`, within the limit on mappings.
+fn copy_written(state: &State, written: &PageSet, index: &mut Index<Spot>) -> Result<(), SpaceError> {
     let geometry = state.geometry();
+    let (pages, _) = pages_to_copy(index, geometry, written, state.origin.tree().limits().mappings_per_vm)?;
     let mut builder = LayerBuilder::new(state.origin.tree(), geometry)?;
-    for run in pages_to_copy(state, private)?.runs() {
-        for (piece, below) in state.shown.runs(run) {
+    for run in pages.runs() {
+        for (piece, below) in index.runs(run) {
             // Known to be zeroes. Looking would make the kernel allocate the page.
             let hole = matches!(below, PageState::Data(Spot { content: Content::Hole, .. }));
             if !hole {
@@ -104,7 +115,7 @@ fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Re
             }
             for page in piece.iter() {
                 let page_alone = PageRange::one(page);
-                if private.contains(page) {
+                if written.contains(page) {
                     builder.copy_from(&state.mapping, page_alone)?;
                 } else {
                     builder.leave_out(page_alone);
@@ -112,38 +123,45 @@ fn copy_private(state: &State, private: &PageSet, index: &mut Index<Spot>) -> Re
             }
         }
     }
-    let built = builder.finish()?;
-    built.name_in(index);
-    Ok(built)
+    builder.finish()?.name_in(index);
+    Ok(())
 }
 
-/// The pages that a new layer is to hold so that a clone stays within the limit on mappings: the private ones with small gaps closed,
-/// or else whichever is less of the private ones with larger gaps closed, and of those with all that lies on smaller layers.
-fn pages_to_copy(state: &State, private: &PageSet) -> Result<PageSet, SpaceError> {
-    let limit = state.origin.tree().limits().mappings_per_vm;
-    let cheap = PageCount::new(CHEAP_GAP.get() >> state.geometry().page_size().shift());
-    let near = private.closing_gaps(cheap);
-    let needed = mappings_with(&state.shown, state.geometry().all(), &near);
+/// The pages that a new layer over `index` is to hold so that a clone stays within the limit on mappings: `pages` with small gaps
+/// closed, or else whichever is less of them with larger gaps closed, and of those with all that lies on smaller layers. With it, the
+/// mappings that a clone will need.
+pub(super) fn pages_to_copy(
+    index: &Index<Spot>,
+    geometry: Geometry,
+    pages: &PageSet,
+    limit: u64,
+) -> Result<(PageSet, u64), SpaceError> {
+    let all = geometry.all();
+    let near = pages.closing_gaps(PageCount::new(CHEAP_GAP.get() >> geometry.page_size().shift()));
+    let needed = mappings_with(index, all, &near);
     if needed <= limit {
-        return Ok(near);
+        return Ok((near, needed));
     }
-    let in_pieces = private.union(&on_smaller_layers(&state.shown, state.geometry().all()));
-    let ways = [near, in_pieces].map(|pages| closed_to_fit(state, pages, limit));
-    let least = ways.into_iter().flatten().min_by_key(|pages| pages.count());
+    let in_pieces = pages.union(&on_smaller_layers(index, all));
+    let ways = [near, in_pieces].map(|pages| closed_to_fit(index, all, pages, limit));
+    let least = ways.into_iter().flatten().min_by_key(|(pages, _)| pages.count());
     least.ok_or(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" })
 }
 
-/// The set with gaps closed until a clone fits the limit; `None` if it never does.
-fn closed_to_fit(state: &State, mut pages: PageSet, limit: u64) -> Option<PageSet> {
+/// The set with gaps closed until a clone fits the limit, and the mappings that it then needs; `None` if it never does.
+fn closed_to_fit(index: &Index<Spot>, all: PageRange, mut pages: PageSet, limit: u64) -> Option<(PageSet, u64)> {
     let mut gap = PageCount::new(1);
-    while mappings_with(&state.shown, state.geometry().all(), &pages) > limit {
+    loop {
+        let needed = mappings_with(index, all, &pages);
+        if needed <= limit {
+            return Some((pages, needed));
+        }
         if pages.runs().len() <= 1 {
             return None;
         }
         pages = pages.closing_gaps(gap);
         gap = gap.saturating_add(gap);
     }
-    Some(pages)
 }
 
 /// Every page that does not lie on the layer which most pages lie on.
@@ -223,11 +241,15 @@ impl Cut for MappedCut<'_> {
                 state.shown = self.sealed.index().clone();
                 Deferred::costly((OldView { aside, layer }, old))
             }
-            Step::Later(built) => {
-                if let Some(built) = built {
-                    lay(state, &built);
-                }
-                Deferred::cheap(old)
+            Step::Later => {
+                lay(state);
+                let lifted = state.cut_committed();
+                if lifted.is_some() { Deferred::costly((lifted, old)) } else { Deferred::cheap(old) }
+            }
+            Step::Live(layer) => {
+                state.live_cut_committed();
+                // Only calls wrote the file, so the last seal is due as soon as nobody waits for it.
+                Deferred::cheap((OldView { aside: None, layer }, old))
             }
             Step::Done => unreachable!("commit takes the cut"),
         };
@@ -235,20 +257,21 @@ impl Cut for MappedCut<'_> {
     }
 }
 
-/// Lays a layer over the pages it was copied from. One run of data and holes together is one mapping.
-fn lay(state: &mut State, built: &Built) {
-    let spot = |content| Spot { layer: built.layer.clone(), content };
-    let mut private = PageSet::new();
-    for run in built.data.union(&built.holes).runs() {
-        if let Err(error) = state.show(run, &spot(Content::Data)) {
-            tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
-            private.push(run);
+/// Lays the origin's layers over all pages that show others. One run of data and holes together is one mapping.
+fn lay(state: &mut State) {
+    let origin = state.origin.index().clone();
+    for moved in state.shown.diff(&origin).runs() {
+        for (run, layer) in layer_runs(&origin, moved) {
+            if let Err(error) = state.show(run, &Spot { layer, content: Content::Data }) {
+                tracing::warn!(%error, ?run, "pages of a fork stay private in the parent");
+                continue;
+            }
+            for (run, spot) in origin.runs(run) {
+                if matches!(spot, PageState::Data(Spot { content: Content::Hole, .. })) {
+                    state.shown.set(run, &spot.cloned());
+                }
+            }
         }
-    }
-    let hole = PageState::Data(spot(Content::Hole));
-    // A run of holes lies within one run that was laid, or within one that was not.
-    for holes in built.holes.runs().filter(|holes| private.count_in(*holes).is_zero()) {
-        state.shown.set(holes, &hole);
     }
     // Everything laid: the index is the image's own, node for node, and not only in content.
     if state.shown.diff(state.origin.index()).is_empty() {
@@ -284,7 +307,7 @@ fn keep_private(state: &mut State, layer: Arc<Layer>) {
 mod tests {
     use super::*;
     use crate::Tree;
-    use crate::page::{Geometry, PageSize};
+    use crate::page::PageSize;
     use crate::sys::memfd::Memfd;
 
     #[test]

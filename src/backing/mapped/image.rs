@@ -130,7 +130,7 @@ impl MappedImage {
         if needed > limit {
             return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
         }
-        let extents: Vec<_> = plan.extents.iter().map(|(range, layer)| (*range, &layer.file)).collect();
+        let extents: Vec<_> = plan.extents.iter().map(|(range, layer)| (*range, &*layer.file)).collect();
         Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), Placement::Anywhere)?)
     }
 

@@ -4,6 +4,7 @@
 //! layer and nothing to corrupt. A layer is sealed before anybody else can name it, and is closed when the last index that
 //! names it goes. Must not know which VM maps it.
 
+use std::ops::Deref;
 use std::sync::{Arc, OnceLock, Weak};
 
 use super::MappedImage;
@@ -24,13 +25,41 @@ pub(super) const HOST_PAGE: PageSize = PageSize::KIB_4;
 /// One sealed memory file.
 #[derive(Debug)]
 pub(super) struct Layer {
-    pub(super) file: SealedMemfd,
+    pub(super) file: LayerFile,
     _charge: Charge,
+}
+
+/// The file of a layer, sealed. An index may name a layer before that: a pre-copy builds the index of an image ahead of its cut, and until
+/// the cut has sealed the file nobody else can reach that index.
+#[derive(Debug)]
+pub(super) struct LayerFile(OnceLock<SealedMemfd>);
+
+impl Deref for LayerFile {
+    type Target = SealedMemfd;
+
+    fn deref(&self) -> &SealedMemfd {
+        self.0.get().expect("an image is only made of sealed layers")
+    }
 }
 
 impl Layer {
     pub(super) fn new(tree: &Tree, file: SealedMemfd) -> Arc<Self> {
-        let layer = Arc::new(Self { file, _charge: tree.0.charge(Item::MemoryFile) });
+        Self::with(tree, OnceLock::from(file))
+    }
+
+    /// A layer whose file is still being written by whoever calls this.
+    pub(super) fn promised(tree: &Tree) -> Arc<Self> {
+        Self::with(tree, OnceLock::new())
+    }
+
+    /// Gives a promised layer its file.
+    pub(super) fn fulfil(&self, file: SealedMemfd) {
+        let again = self.file.0.set(file);
+        debug_assert!(again.is_ok(), "a layer has one file");
+    }
+
+    fn with(tree: &Tree, file: OnceLock<SealedMemfd>) -> Arc<Self> {
+        let layer = Arc::new(Self { file: LayerFile(file), _charge: tree.0.charge(Item::MemoryFile) });
         let weak: Weak<Self> = Arc::downgrade(&layer);
         tree.0.register_file(weak);
         layer
@@ -39,8 +68,8 @@ impl Layer {
 
 impl Allocated for Layer {
     fn allocated(&self) -> ByteSize {
-        // fstat(2) of a file that is open cannot fail; if it does, the file counts for nothing.
-        self.file.allocated().unwrap_or(ByteSize::ZERO)
+        // fstat(2) of a file that is open cannot fail; if it does, the file counts for nothing. So does one that is not sealed yet.
+        self.file.0.get().and_then(|file| file.allocated().ok()).unwrap_or(ByteSize::ZERO)
     }
 }
 
@@ -124,35 +153,15 @@ impl<'a> LayerBuilder<'a> {
 
     /// Copies `range` from a paused guest's memory. Runs are to come in ascending order.
     pub(super) fn copy_from(&mut self, mapping: &Mapping, range: PageRange) -> Result<(), SpaceError> {
-        let mut copied = PageSet::new();
-        let mut bytes = vec![0; self.geometry.page_size().bytes().get() as usize];
-        for page in range.iter() {
-            if self.is_zero(mapping, page, &mut bytes)? {
-                self.holes.push(PageRange::one(page));
-            } else {
-                copied.push(PageRange::one(page));
-            }
-        }
-        for run in copied.runs() {
-            self.file.write_at_from(mapping, host_pages(self.geometry, run))?;
-            self.data.push(run);
-        }
+        let copied = copy_run(&self.file, self.geometry, mapping, range)?;
+        copied.data.runs().for_each(|run| self.data.push(run));
+        copied.holes.runs().for_each(|run| self.holes.push(run));
         Ok(())
     }
 
     /// Takes `range` to be zeroes, unread. In order with what is copied.
     pub(super) fn leave_out(&mut self, range: PageRange) {
         self.holes.push(range);
-    }
-
-    fn is_zero(&self, mapping: &Mapping, page: PageIndex, bytes: &mut [u8]) -> Result<bool, SpaceError> {
-        let at = self.geometry.page_size().start_of(page);
-        // Most pages that hold anything hold something in their first word.
-        if mapping.load::<u64>(at)? != 0 {
-            return Ok(false);
-        }
-        mapping.read(at, bytes)?;
-        Ok(is_zero(bytes))
     }
 
     /// Copies `range` from an image, which says where there is anything to copy. Runs are to come in ascending order.
@@ -182,6 +191,40 @@ impl<'a> LayerBuilder<'a> {
         let file = seal(self.file)?;
         Ok(Built { layer: Layer::new(self.tree, file), data: self.data, holes: self.holes })
     }
+}
+
+/// What became of pages that were copied.
+#[derive(Default)]
+pub(super) struct CopiedRun {
+    pub(super) data: PageSet,
+    /// All zeroes: not written to the file.
+    pub(super) holes: PageSet,
+}
+
+/// Copies `range` of a guest's memory to its place in a layer's file, pages of zeroes left out. Of a guest that runs on, bytes arrive old
+/// or new.
+pub(super) fn copy_run(
+    file: &Memfd,
+    geometry: Geometry,
+    mapping: &Mapping,
+    range: PageRange,
+) -> Result<CopiedRun, SpaceError> {
+    let mut copied = CopiedRun::default();
+    let mut bytes = vec![0; geometry.page_size().bytes().get() as usize];
+    for page in range.iter() {
+        let at = geometry.page_size().start_of(page);
+        // Most pages that hold anything hold something in their first word.
+        let zero = mapping.load::<u64>(at)? == 0 && {
+            mapping.read(at, &mut bytes)?;
+            is_zero(&bytes)
+        };
+        let kind = if zero { &mut copied.holes } else { &mut copied.data };
+        kind.push(PageRange::one(page));
+    }
+    for run in copied.data.runs() {
+        file.write_at_from(mapping, host_pages(geometry, run))?;
+    }
+    Ok(copied)
 }
 
 /// A finished layer.

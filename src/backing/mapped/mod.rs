@@ -11,7 +11,8 @@
 //! handler to wait for, and pages that are only read stay one physical copy. Which pages a VM has of its own is asked of the kernel's
 //! page tables. Host addresses are stable for the life of the space, through forks and resets.
 //!
-//! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since.
+//! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since, and after a live fork for
+//! the pages that it copied: those stay private, with the origin's bytes, until they are written or a plain fork lays the layers over them.
 //!
 //! Locking: `state` is held shared by every access through this type, exclusively by cut, reset and zero. vCPUs go through host
 //! pointers and take no lock: they must be paused for those, which is the guest's contract.
@@ -19,19 +20,22 @@
 mod cut;
 mod image;
 mod layer;
+mod precopy;
 #[cfg(test)]
 mod tests;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
+pub(crate) use precopy::{Begun, NoCut, PauseBound, Precopy, Round};
 
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
+use self::precopy::Tracker;
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Sealed, Tree};
 use crate::account::Usage;
@@ -60,6 +64,9 @@ struct State {
     view: View,
     shown: Index<Spot>,
     table_bytes: u64,
+    /// After a live fork: tells private pages written since from those whose bytes are the origin's. After `mapping`, which
+    /// is to go first.
+    tracker: Mutex<Option<Tracker>>,
     /// Set where undoing a failed step failed: content can no longer be trusted, and every call says so.
     lost: Option<SystemError>,
 }
@@ -132,7 +139,7 @@ impl State {
         if self.origin.is_root() {
             return self.changed_from_root();
         }
-        Ok(self.private_pages()?.union(&self.origin.index().diff(&self.shown)))
+        Ok(self.written_pages()?.union(&self.zeroed_pages()))
     }
 
     /// Lays a layer over pages, which then show it and nothing private.
@@ -172,7 +179,10 @@ impl State {
             let geometry = self.geometry();
             let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
             match self.show(range, &Spot { layer, content: Content::Hole }) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.note_zeroed(range);
+                    return Ok(());
+                }
                 Err(error) if self.lost.is_some() => return Err(error),
                 // No room for one more mapping: zeroes can be written as well, they only take memory.
                 Err(_) => {}
@@ -197,8 +207,14 @@ impl State {
             }
             return Ok(changed.count());
         }
-        // Pages that show another layer than the origin's first: laying the right one over them drops what is private there.
-        let moved = self.origin.index().diff(&self.shown);
+        let tracked = self.begin_reset(dirty)?;
+        // Pages that show another layer than the origin's first: laying the right one over them drops what is private there. Those
+        // whose own bytes are the origin's may stay.
+        let all = self.origin.index().diff(&self.shown);
+        let moved = match &tracked {
+            Some(tracked) => self.to_lay(&all, tracked),
+            None => all.clone(),
+        };
         let origin = self.origin.clone();
         for run in moved.runs() {
             for (run, state) in origin.index().runs(run) {
@@ -207,7 +223,7 @@ impl State {
                 }
             }
         }
-        let dropped = match dirty {
+        let dropped = match tracked.as_ref().or(dirty) {
             Some(dirty) => {
                 self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?;
                 // Zeroed pages are listed and moved: they count once.
@@ -221,8 +237,14 @@ impl State {
             }
             None => self.mapping.reset_private(origin.family().pagemap()?)?.pages,
         };
-        self.shown = origin.index().clone();
+        if moved == all {
+            self.shown = origin.index().clone();
+        }
         self.table_bytes = 0;
+        if let Some(tracked) = tracked {
+            self.reset_done();
+            return Ok(tracked.count());
+        }
         Ok(dropped.saturating_add(moved.count()))
     }
 }
@@ -253,7 +275,17 @@ impl Mapped {
 
     fn with(origin: MappedImage, mapping: Mapping, view: View) -> Self {
         let shown = origin.index().clone();
-        Self { state: RwLock::new(State { origin, mapping, view, shown, table_bytes: 0, lost: None }) }
+        Self {
+            state: RwLock::new(State {
+                origin,
+                mapping,
+                view,
+                shown,
+                table_bytes: 0,
+                tracker: Mutex::new(None),
+                lost: None,
+            }),
+        }
     }
 
     fn shared(&self) -> Result<RwLockReadGuard<'_, State>, SpaceError> {
@@ -456,6 +488,6 @@ impl Backing for Mapped {
                 return Err(format!("{run:?} is mapped to another file than the index says"));
             }
         }
-        Ok(())
+        state.validate_tracker()
     }
 }

@@ -1,0 +1,602 @@
+//! Copying a diverged VM's private pages into the next layer while its guest runs.
+//!
+//! A round protects the pages written since the round before, in the page tables, and then copies them: in this order, so that a
+//! page that was written while it was copied is written *since*, and is copied again. The last round, with the guest paused,
+//! finds only what the one before left. What it copied names itself in the index of the next image as it goes, so that the pause pays
+//! for the last round alone.
+//!
+//! ```text
+//!   page              private, protected           private, not protected      not private
+//!   bytes are         the origin's (idle) or       the guest's alone           those of `shown`, which are the
+//!                     the new layer's (attempt)                                origin's but for pages zeroed since
+//! ```
+//!
+//! Nothing is laid over the pages at the commit, which would cost 1.6 µs a run inside the pause: they stay private, protected,
+//! with the new origin's bytes. The price is memory, at most once a page; a plain fork lays the layers and gives it back.
+//!
+//! **The tracker may be forgotten at any time.** Without it every private page counts as written and is copied again: more work, same
+//! bytes. So whatever goes wrong, dropping it is the way out. What must never be is a page that is protected without being copied: an
+//! attempt that fails lifts its protections, or drops the tracker.
+//!
+//! Must not know of guests, policies or pauses: rounds are asked for by `vm::live`.
+
+use std::mem::take;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cut::pages_to_copy;
+use super::layer::{Content, Layer, Spot, copy_run, host_pages, space_pages};
+use super::{Mapped, MappedCut, MappedImage, State, View};
+use crate::backing::Sealed;
+use crate::error::SpaceError;
+use crate::image::Source;
+use crate::overlay::{Index, PageState};
+use crate::page::{PageCount, PageIndex, PageRange, PageSet};
+use crate::sys::error::SysError;
+use crate::sys::memfd::Memfd;
+use crate::sys::uffd::{Uffd, UffdError};
+
+/// Pages copied with the space's lock held once.
+const BATCH: usize = 256;
+
+/// What a page takes to copy before any was measured: with memory that the host must find and clear first.
+const COLD_COPY: Duration = Duration::from_micros(4);
+
+/// Rounds of fewer pages say nothing about the rate.
+const MEASURABLE: u64 = 32;
+
+/// The write protection of a space, from its first live fork on.
+pub(super) struct Tracker {
+    uffd: Uffd,
+    /// Zeroed since the origin: what they show is not the origin's.
+    zeroed: PageSet,
+    /// While a live fork is under way: zeroed since it last looked.
+    attempt: Option<Vec<PageRange>>,
+}
+
+impl Tracker {
+    fn idle(&self) -> bool {
+        self.attempt.is_none()
+    }
+}
+
+impl State {
+    /// The private pages whose bytes are not the origin's, and maybe others.
+    pub(super) fn written_pages(&self) -> Result<PageSet, SpaceError> {
+        match &*self.tracker.lock() {
+            Some(tracker) if tracker.idle() => {
+                let pagemap = self.origin.family().pagemap()?;
+                let written = pagemap.written(&self.mapping, self.mapping.geometry().all())?;
+                Ok(space_pages(self.geometry(), &written))
+            }
+            _ => self.private_pages(),
+        }
+    }
+
+    /// The pages that show something else than the origin's bytes where they are not private, and maybe others.
+    pub(super) fn zeroed_pages(&self) -> PageSet {
+        match &*self.tracker.lock() {
+            Some(tracker) if tracker.idle() => tracker.zeroed.clone(),
+            _ => self.origin.index().diff(&self.shown),
+        }
+    }
+
+    /// The index of the next image, but for the pages that will be in its own layer.
+    pub(super) fn next_index(&self) -> Index<Spot> {
+        match &*self.tracker.lock() {
+            Some(tracker) if tracker.idle() => {
+                let mut index = self.origin.index().clone();
+                tracker.zeroed.runs().for_each(|run| self.name_shown(run, &mut index));
+                index
+            }
+            _ => self.shown.clone(),
+        }
+    }
+
+    /// Turns write protection on for an attempt. Nothing is protected that was not.
+    fn watch(&self) -> Result<Before, UffdError> {
+        let mut slot = self.tracker.lock();
+        if let Some(tracker) = &mut *slot {
+            if !tracker.idle() {
+                return Err(SysError::Misuse("a live fork of this space is under way").into());
+            }
+            tracker.uffd.register(&self.mapping)?;
+            tracker.attempt = Some(tracker.zeroed.runs().collect());
+            return Ok(Before::Kept);
+        }
+        let uffd = Uffd::open()?;
+        uffd.register(&self.mapping)?;
+        let zeroed = self.origin.index().diff(&self.shown);
+        let attempt = Some(zeroed.runs().collect());
+        *slot = Some(Tracker { uffd, zeroed, attempt });
+        Ok(Before::Nothing)
+    }
+
+    fn name_shown(&self, run: PageRange, index: &mut Index<Spot>) {
+        for (run, spot) in self.shown.runs(run) {
+            index.set(run, &spot.cloned());
+        }
+    }
+
+    pub(super) fn note_zeroed(&mut self, range: PageRange) {
+        if let Some(tracker) = self.tracker.get_mut() {
+            tracker.zeroed = tracker.zeroed.union(&one_run(range));
+            tracker.attempt.iter_mut().for_each(|fresh| fresh.push(range));
+        }
+    }
+
+    /// Before a reset of all or of the pages listed: what it will undo, if that is known without it.
+    pub(super) fn begin_reset(&mut self, listed: Option<&PageSet>) -> Result<Option<PageSet>, SpaceError> {
+        match (self.tracker.get_mut(), listed) {
+            (Some(tracker), Some(listed)) if tracker.idle() => Ok(Some(tracker.zeroed.union(listed))),
+            (Some(tracker), None) if tracker.idle() => Ok(Some(self.dirty()?)),
+            // Pages of the attempt's that are protected and dropped would leave markers behind. It finds itself gone.
+            (slot, _) => {
+                *slot = None;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Which of the pages that show another layer than the origin's a reset lays: those it undoes, or all, where laying some would take
+    /// more mappings than there are.
+    pub(super) fn to_lay(&self, all: &PageSet, undone: &PageSet) -> PageSet {
+        let some = all.difference(&all.difference(undone));
+        let needed = self.mapping.kernel_mappings().saturating_add(2 * some.runs().len() as u64);
+        if needed <= self.origin.tree().limits().mappings_per_vm { some } else { all.clone() }
+    }
+
+    pub(super) fn reset_done(&mut self) {
+        if let Some(tracker) = self.tracker.get_mut() {
+            tracker.zeroed = PageSet::new();
+        }
+    }
+
+    /// After a plain cut. A live fork that was under way is void: it finds its tracker gone, which is returned.
+    pub(super) fn cut_committed(&mut self) -> Option<Tracker> {
+        match self.tracker.get_mut() {
+            Some(tracker) if tracker.idle() => {
+                tracker.zeroed = PageSet::new();
+                None
+            }
+            other => other.take(),
+        }
+    }
+
+    /// After a live cut.
+    pub(super) fn live_cut_committed(&mut self) {
+        if let Some(tracker) = self.tracker.get_mut() {
+            tracker.zeroed = PageSet::new();
+            tracker.attempt = None;
+        }
+    }
+
+    /// Every page that does not count as changed reads as the origin, whatever shows it.
+    pub(super) fn validate_tracker(&self) -> Result<(), String> {
+        if self.tracker.lock().as_ref().is_none_or(|tracker| !tracker.idle()) {
+            return Ok(());
+        }
+        let (size, text) = (self.geometry().page_size(), |error: SpaceError| error.to_string());
+        let (mut own, mut origin) = (vec![0; size.bytes().get() as usize], vec![0; size.bytes().get() as usize]);
+        let kept = self.origin.index().diff(&self.shown).union(&self.private_pages().map_err(text)?);
+        for page in kept.difference(&self.dirty().map_err(text)?).pages() {
+            self.mapping.read(size.start_of(page), &mut own).map_err(|error| error.to_string())?;
+            self.origin.read(size.start_of(page), &mut origin).map_err(text)?;
+            if own != origin {
+                return Err(format!("page {} counts as unchanged, and differs from the origin", page.get()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn one_run(range: PageRange) -> PageSet {
+    let mut set = PageSet::new();
+    set.push(range);
+    set
+}
+
+/// How a live fork begins.
+pub(crate) enum Begun<'a> {
+    /// Write protection is on.
+    Watching(Precopy<'a>),
+    /// Never cut: a plain cut copies nothing.
+    NothingToCopy,
+    /// No write protection here. Copying with the guest paused would take about so long.
+    Unwatched {
+        /// What is missing.
+        why: UffdError,
+        /// The estimate.
+        pause: Duration,
+        /// Pages that there are to copy.
+        pages: PageCount,
+    },
+}
+
+/// What one round came to.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Round {
+    /// Pages copied.
+    pub(crate) pages: PageCount,
+    /// Finding and protecting them.
+    pub(crate) scan: Duration,
+    /// Copying them.
+    pub(crate) copy: Duration,
+}
+
+/// A pre-copy under way. Dropping it undoes it.
+pub(crate) struct Precopy<'a> {
+    space: &'a Mapped,
+    origin: MappedImage,
+    layer: Arc<Layer>,
+    /// Until it is sealed.
+    file: Option<Memfd>,
+    /// Of the next image, as far as copied.
+    index: Index<Spot>,
+    /// Pages that `index` names in the new layer.
+    copied: PageSet,
+    /// Kernel mappings that a clone of `index` needs.
+    mappings: u64,
+    pace: Pace,
+    attempt: Attempt,
+}
+
+/// What a failed attempt has to undo.
+struct Attempt {
+    tracker: Before,
+    /// Pages of the kernel's that it protected.
+    protected: PageSet,
+}
+
+/// What is known of the protections of before the attempt.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// They can be told from those of the attempt.
+    Kept,
+    /// There was no tracker, or a call failed that may have protected pages unseen.
+    Nothing,
+}
+
+/// Measured rates.
+#[derive(Clone, Copy, Default, Debug)]
+struct Pace {
+    /// Finding what was written, the last time.
+    scan: Duration,
+    /// Copying a page, in the slowest round.
+    page: Option<Duration>,
+}
+
+impl Pace {
+    fn note(&mut self, round: Round) {
+        if round.pages.get() >= MEASURABLE {
+            let page = round.copy / u32::try_from(round.pages.get()).unwrap_or(u32::MAX);
+            self.page = Some(self.page.map_or(page, |slowest| slowest.max(page)));
+        }
+    }
+
+    fn copying(&self, pages: PageCount) -> Duration {
+        let page = self.page.unwrap_or(COLD_COPY);
+        page.saturating_mul(u32::try_from(pages.get()).unwrap_or(u32::MAX))
+    }
+}
+
+/// Pages that a round found, protected and still to be copied.
+pub(crate) struct Found {
+    written: PageSet,
+    /// To be copied along.
+    gaps: PageSet,
+    scan: Duration,
+}
+
+impl Found {
+    /// How many there are.
+    pub(crate) fn count(&self) -> PageCount {
+        self.written.count().saturating_add(self.gaps.count())
+    }
+}
+
+/// Whether the guest waits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Meanwhile {
+    Running,
+    Paused,
+}
+
+/// How long the last round may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum PauseBound {
+    /// As long as it takes.
+    None,
+    /// Longer, and there is no cut.
+    AtMost(Duration),
+}
+
+/// Why a live cut was not made; everything is as before.
+pub(crate) enum NoCut {
+    /// The last round would take so long, for so many pages.
+    TooLong(Duration, PageCount),
+    /// It failed.
+    Space(SpaceError),
+}
+
+impl<E: Into<SpaceError>> From<E> for NoCut {
+    fn from(error: E) -> Self {
+        Self::Space(error.into())
+    }
+}
+
+/// A cut whose layer was made ahead.
+pub(crate) struct LiveCut<'a> {
+    pub(crate) cut: MappedCut<'a>,
+    /// The last round.
+    pub(crate) last: Round,
+    /// What the pause was estimated to take, before the last copy.
+    pub(crate) estimate: Duration,
+}
+
+impl Mapped {
+    /// Begins a pre-copy: turns write protection on where it is not. Protects and copies nothing yet.
+    ///
+    /// # Errors
+    /// What the system refuses, but for write protection itself, which is [`Begun::Unwatched`].
+    pub(crate) fn precopy(&self) -> Result<Begun<'_>, SpaceError> {
+        let state = self.shared()?;
+        if matches!(state.view, View::Shared(_)) {
+            return Ok(Begun::NothingToCopy);
+        }
+        // Refused now rather than after all the work.
+        state.origin.check_depth()?;
+        let before = match state.watch() {
+            Ok(before) => before,
+            Err(UffdError::Sys(error)) => return Err(error.into()),
+            Err(why) => {
+                let pages = state.written_pages()?.count();
+                let pause = Pace::default().copying(pages);
+                return Ok(Begun::Unwatched { why, pause, pages });
+            }
+        };
+        // From here on it is undone on drop.
+        let attempt = Attempt { tracker: before, protected: PageSet::new() };
+        let file = match Memfd::create("offshoot-layer", state.geometry().len()) {
+            Ok(file) => file,
+            Err(error) => {
+                attempt.undo(&state);
+                return Err(error.into());
+            }
+        };
+        Ok(Begun::Watching(Precopy {
+            space: self,
+            origin: state.origin.clone(),
+            layer: Layer::promised(state.origin.tree()),
+            file: Some(file),
+            index: state.origin.index().clone(),
+            copied: PageSet::new(),
+            mappings: 0,
+            pace: Pace::default(),
+            attempt,
+        }))
+    }
+}
+
+/// A run in pieces of at most [`BATCH`] pages.
+fn in_batches(run: PageRange) -> impl Iterator<Item = PageRange> {
+    let (start, end) = (run.start().get(), run.end().get());
+    (start..end).step_by(BATCH).map(move |at| {
+        let to = at.saturating_add(BATCH as u64).min(end);
+        PageRange::from_bounds(PageIndex::new(at), PageIndex::new(to))
+    })
+}
+
+const USED: SysError = SysError::Misuse("a pre-copy was used after its cut");
+
+fn misuse(what: &'static str) -> SpaceError {
+    SysError::Misuse(what).into()
+}
+
+impl<'a> Precopy<'a> {
+    /// Finds the pages written since it last looked, at first all that are not the origin's, and protects them.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub(crate) fn look(&mut self) -> Result<Found, SpaceError> {
+        let state = self.space.shared()?;
+        self.look_in(&state, Meanwhile::Running)
+    }
+
+    fn look_in(&mut self, state: &State, meanwhile: Meanwhile) -> Result<Found, SpaceError> {
+        let start = Instant::now();
+        {
+            let mut slot = state.tracker.lock();
+            let tracker = slot.as_mut().filter(|_| state.origin.same(&self.origin));
+            let Some((uffd, fresh)) = tracker.and_then(|t| Some((&t.uffd, t.attempt.as_mut()?))) else {
+                return Err(misuse("a space was reset or cut by others during a live fork"));
+            };
+            let fresh = take(fresh);
+            if !fresh.is_empty() {
+                // Zeroed pages are mapped anew, and not watched yet. One written since is found below.
+                uffd.register(&state.mapping).map_err(|error| match error {
+                    UffdError::Sys(error) => error.into(),
+                    _ => misuse("a live fork's memory was registered with another userfaultfd"),
+                })?;
+            }
+            for range in fresh {
+                // What was copied of it must not show through if it is named in this layer again.
+                self.punch(state, range)?;
+                state.name_shown(range, &mut self.index);
+                self.copied = self.copied.difference(&one_run(range));
+            }
+        }
+        let pagemap = state.origin.family().pagemap()?;
+        let candidates = pagemap.candidates(&state.mapping)?;
+        let scan = start.elapsed();
+        let attempt = &mut self.attempt;
+        let protected = pagemap.protect(&state.mapping, &candidates).inspect_err(|_| {
+            attempt.tracker = Before::Nothing;
+        })?;
+        attempt.protected = attempt.protected.union(&protected);
+        self.pace.scan = scan;
+        let written = space_pages(state.geometry(), &protected);
+        let gaps = self.gaps(state, &written, meanwhile)?;
+        Ok(Found { written, gaps, scan: start.elapsed() })
+    }
+
+    /// The pages between written ones that go along so that clones stay within the limit on mappings.
+    fn gaps(&mut self, state: &State, written: &PageSet, meanwhile: Meanwhile) -> Result<PageSet, SpaceError> {
+        let limit = state.origin.tree().limits().mappings_per_vm;
+        let new = written.difference(&self.copied);
+        if new.is_empty() {
+            return Ok(PageSet::new());
+        }
+        // In the pause only if it must be: a run adds two mappings at most, and counting them all takes long.
+        let most = self.mappings.saturating_add(2 * new.runs().len() as u64);
+        if meanwhile == Meanwhile::Paused && self.mappings > 0 && most <= limit {
+            self.mappings = most;
+            return Ok(PageSet::new());
+        }
+        let copied = self.copied.union(written);
+        let (all, needed) = pages_to_copy(&self.index, state.geometry(), &copied, limit)?;
+        self.mappings = needed;
+        Ok(all.difference(&copied))
+    }
+
+    /// Copies what was found.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub(crate) fn copy(&mut self, found: Found) -> Result<Round, SpaceError> {
+        let start = Instant::now();
+        for run in found.written.runs().flat_map(in_batches) {
+            // Held no longer, so that whoever wants the space to himself need not wait for all pages.
+            let state = self.space.shared()?;
+            self.copy_run(&state, run)?;
+        }
+        for run in found.gaps.runs().flat_map(in_batches) {
+            let state = self.space.shared()?;
+            self.copy_gap(&state, run)?;
+        }
+        Ok(self.copied_all(found, start))
+    }
+
+    fn copied_all(&mut self, found: Found, start: Instant) -> Round {
+        self.copied = self.copied.union(&found.written).union(&found.gaps);
+        let round = Round { pages: found.count(), scan: found.scan, copy: start.elapsed() };
+        self.pace.note(round);
+        round
+    }
+
+    fn copy_run(&mut self, state: &State, run: PageRange) -> Result<(), SpaceError> {
+        let copied = copy_run(self.file()?, state.geometry(), &state.mapping, run)?;
+        // What an earlier round wrote there is still in the file.
+        copied.holes.runs().try_for_each(|run| self.punch(state, run))?;
+        copied.data.runs().for_each(|run| self.name(run, Content::Data));
+        copied.holes.runs().for_each(|run| self.name(run, Content::Hole));
+        Ok(())
+    }
+
+    /// Copies pages that were not written: what they hold is what the index says. Written since, they are found by the next look.
+    fn copy_gap(&mut self, state: &State, run: PageRange) -> Result<(), SpaceError> {
+        let pieces: Vec<_> = self.index.runs(run).into_iter().map(|(piece, below)| (piece, below.cloned())).collect();
+        for (piece, below) in pieces {
+            match below {
+                // Looking would make the kernel allocate the pages.
+                PageState::Data(Spot { content: Content::Hole, .. }) => self.name(piece, Content::Hole),
+                _ => self.copy_run(state, piece)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&mut self, run: PageRange, content: Content) {
+        let named = PageState::Data(Spot { layer: self.layer.clone(), content });
+        if !run.iter().all(|page| self.index.get(page).same(named.as_ref())) {
+            self.index.set(run, &named);
+        }
+    }
+
+    fn file(&self) -> Result<&Memfd, SpaceError> {
+        Ok(self.file.as_ref().ok_or(USED)?)
+    }
+
+    /// Makes holes of what the new layer holds as data in `range`.
+    fn punch(&self, state: &State, range: PageRange) -> Result<(), SpaceError> {
+        let file = self.file()?;
+        for (run, spot) in self.index.runs(range) {
+            if let PageState::Data(Spot { layer, content: Content::Data }) = spot
+                && Arc::ptr_eq(layer, &self.layer)
+            {
+                file.punch(host_pages(state.geometry(), run))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How long a last round would take for so many pages.
+    pub(crate) fn estimate(&self, pages: PageCount) -> Duration {
+        self.pace.scan.saturating_add(self.pace.copying(pages))
+    }
+
+    /// The last round and the cut. The guest must be paused.
+    ///
+    /// # Errors
+    /// [`NoCut`]. Nothing is undone before this is dropped, so that the guest need not wait for it.
+    pub(crate) fn cut(&mut self, bound: PauseBound) -> Result<LiveCut<'a>, NoCut> {
+        let start = Instant::now();
+        let state = self.space.exclusive()?;
+        let found = self.look_in(&state, Meanwhile::Paused)?;
+        let estimate = start.elapsed().saturating_add(self.pace.copying(found.count()));
+        if let PauseBound::AtMost(limit) = bound
+            && estimate > limit
+        {
+            return Err(NoCut::TooLong(estimate, found.count()));
+        }
+        let copying = Instant::now();
+        found.written.runs().try_for_each(|run| self.copy_run(&state, run))?;
+        found.gaps.runs().try_for_each(|run| self.copy_gap(&state, run))?;
+        let last = self.copied_all(found, copying);
+        let sealed = state.origin.child(self.index.clone())?;
+        let file = self.file.take().ok_or(USED)?;
+        // Enough to keep everybody out; the seal that walks the file's pages is set when the guest runs again.
+        let file = file.seal_future_write().map_err(|failed| super::layer::seal_error(failed.error))?;
+        self.layer.fulfil(file);
+        let cut = MappedCut::live(state, sealed, self.layer.clone());
+        Ok(LiveCut { cut, last, estimate })
+    }
+
+    /// Sets what copying a page takes, in place of what was measured.
+    #[cfg(test)]
+    pub(crate) fn set_pace(&mut self, page: Duration) {
+        self.pace.page = Some(page);
+    }
+}
+
+impl Drop for Precopy<'_> {
+    fn drop(&mut self) {
+        self.attempt.undo(&self.space.state.read());
+    }
+}
+
+impl Attempt {
+    /// Unless its cut was committed, lifts the protections that it made, so that the pages count as written again; if that cannot
+    /// be, all there are.
+    fn undo(&self, state: &State) {
+        let mut slot = state.tracker.lock();
+        let Some(tracker) = slot.as_mut() else { return };
+        if tracker.attempt.take().is_none() {
+            return;
+        }
+        let lift = |tracker: &Tracker| -> Result<(), UffdError> {
+            // Part of the mapping may have been mapped anew.
+            tracker.uffd.register(&state.mapping)?;
+            Ok(self.protected.runs().try_for_each(|run| tracker.uffd.unprotect(&state.mapping, run))?)
+        };
+        match self.tracker {
+            Before::Nothing => *slot = None,
+            Before::Kept => {
+                if let Err(error) = lift(tracker) {
+                    tracing::debug!(%error, "write protection is lifted altogether: the next fork copies every private page");
+                    *slot = None;
+                }
+            }
+        }
+    }
+}
