@@ -326,7 +326,7 @@ fn random_lives_agree_with_a_model() {
 fn life(vm: Vm<Mapped>, dice: &mut Dice, generations: u32) {
     let geometry = vm.ram().layout().geometry();
     let mut model = Flat::new(geometry, &bytes(&vm));
-    let mut origin: Option<Flat> = None;
+    let mut origin = vm.origin().map(|_| model.clone());
     let scribble = |model: &mut Flat, dice: &mut Dice| {
         for _ in 0..dice.below(40) {
             let len = 1 + dice.below(6000);
