@@ -11,13 +11,67 @@ pub(crate) use std::sync::OnceLock;
 #[cfg(tsan)]
 pub(crate) use once_cell::sync::OnceCell as OnceLock;
 
+#[cfg(not(shuttle))]
+pub(crate) use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
 #[cfg(shuttle)]
-pub(crate) use modelled::OnceLock;
+pub(crate) use modelled::{Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, step};
+
+/// Where another thread may come between in the interleaving tests; nothing in any other build.
+#[cfg(not(shuttle))]
+#[inline(always)]
+pub(crate) fn step() {}
 
 #[cfg(shuttle)]
 mod modelled {
     //! A once-cell with a scheduling point before every step that other threads can see. Shuttle runs one thread at a
-    //! time, so std's cell underneath never blocks.
+    //! time, so std's cell underneath never blocks. And shuttle's locks under the names that parking_lot gives theirs.
+
+    use std::sync::PoisonError;
+    use std::time::Duration;
+
+    pub(crate) use shuttle::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+
+    pub(crate) fn step() {
+        shuttle::thread::yield_now();
+    }
+
+    pub(crate) struct Mutex<T>(shuttle::sync::Mutex<T>);
+
+    impl<T> Mutex<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(shuttle::sync::Mutex::new(value))
+        }
+
+        pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(crate) fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+
+    pub(crate) struct RwLock<T>(shuttle::sync::RwLock<T>);
+
+    impl<T> RwLock<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(shuttle::sync::RwLock::new(value))
+        }
+
+        pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
+            self.0.read().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(crate) fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
+            self.0.try_read().ok()
+        }
+
+        /// Time does not pass here: it waits for as long as it takes.
+        pub(crate) fn try_write_for(&self, _patience: Duration) -> Option<RwLockWriteGuard<'_, T>> {
+            Some(self.0.write().unwrap_or_else(PoisonError::into_inner))
+        }
+    }
 
     pub(crate) struct OnceLock<T>(std::sync::OnceLock<T>);
 
@@ -53,5 +107,25 @@ mod modelled {
             }
             self.0.get().expect("set above, by this thread or another")
         }
+    }
+}
+
+/// For the interleaving tests.
+#[cfg(all(test, shuttle))]
+pub(crate) mod interleavings {
+    use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
+    use shuttle::{Config, Runner};
+
+    /// Runs `test` under `schedules` random schedules, and as many with few preemptions at the worst places.
+    pub(crate) fn explore(schedules: usize, test: fn()) {
+        run(RandomScheduler::new(schedules), test);
+        run(PctScheduler::new(3, schedules), test);
+    }
+
+    fn run(scheduler: impl Scheduler + 'static, test: fn()) {
+        let mut config = Config::new();
+        // Pages of 4 KiB pass over the stack in a debug build; shuttle's own stacks have 32 KiB.
+        config.stack_size = 1 << 20;
+        Runner::new(scheduler, config).run(test);
     }
 }

@@ -67,6 +67,39 @@ fn several_vcpus_and_a_full_check() {
     assert_good_report(&output, "sim", f64::from(16 << 20));
 }
 
+/// Whether the example picks KVM by itself here. Where it does not it must say so, and the tests of KVM say so too; they
+/// fail if OFFSHOOT_REQUIRE=all is set.
+fn kvm_works() -> bool {
+    let output = run("--ram 8M --clones 1 --depth 1 --json");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    if text(&output.stdout).contains("\"backend\":\"kvm\"") {
+        return true;
+    }
+    let error = text(&output.stderr);
+    assert!(
+        !cfg!(all(target_os = "linux", target_arch = "x86_64")) || error.contains("KVM does not work here"),
+        "{error}"
+    );
+    let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
+    assert!(!required, "OFFSHOOT_REQUIRE=all, but the example runs in the simulator: {error}");
+    eprintln!("SKIPPED: {error}");
+    false
+}
+
+#[test]
+fn kvm_clones_and_checks() {
+    if !kvm_works() {
+        return;
+    }
+    let output = run("--backend kvm --ram 64M --clones 12 --json");
+    assert_good_report(&output, "kvm", f64::from(64 << 20));
+    let output = run("--backend kvm --ram 16M --clones 12 --vcpus 2 --check full --seed 7 --json");
+    assert_good_report(&output, "kvm", f64::from(16 << 20));
+    let output = run("--backend kvm --ram 8M --clones 5 --json --inject-fault");
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(number(text(&output.stdout), "violations"), 1.0);
+}
+
 #[test]
 fn the_report_can_be_read() {
     let output = run("--backend sim --ram 8M --clones 2 --depth 1");
@@ -94,6 +127,7 @@ fn bad_options_are_explained() {
         ("--ram 3", "--ram"),
         ("--depth 0", "--depth"),
         ("--backend xen", "--backend"),
+        ("--vcpus 9", "--vcpus"),
         ("--frobnicate", "--frobnicate"),
     ] {
         let output = run(args);

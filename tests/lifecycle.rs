@@ -50,6 +50,8 @@ fn bring<B: Backing>(vm: &Vm<B>, guest: &mut ScriptedGuest, to: VmStatus) {
 
 fn every_call_in_every_status<B: Backing>() {
     use VmStatus::{Frozen, Off, Paused, Running};
+    /// What becomes of a VM that is off, running, paused or frozen.
+    type Outcomes = [Option<VmStatus>; 4];
     type Call<B> = fn(&Vm<B>, &mut ScriptedGuest) -> Result<(), IllegalState>;
     fn fork<B: Backing>(vm: &Vm<B>, guest: &mut ScriptedGuest) -> Result<(), IllegalState> {
         vm.fork(guest).map(drop).map_err(|error| match error {
@@ -72,7 +74,7 @@ fn every_call_in_every_status<B: Backing>() {
         }
     }
     // What each call makes of a VM that is off, running, paused or frozen; `None` where it is illegal.
-    let calls: [(&str, Call<B>, [Option<VmStatus>; 4]); 6] = [
+    let calls: [(&str, Call<B>, Outcomes); 6] = [
         ("start", |vm, _| vm.start(), [Some(Running), None, Some(Running), None]),
         ("pause", |vm, _| vm.pause(), [None, Some(Paused), None, None]),
         ("power_off", |vm, _| vm.power_off(), [None, Some(Off), Some(Off), None]),

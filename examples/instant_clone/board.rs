@@ -159,6 +159,7 @@ impl<R: Backing> Seat<R> {
                 let page = self.word(control::REQUEST_PAGE)?;
                 return Err(format!("the guest found page {page:#x} torn or foreign, after {steps} steps").into());
             }
+            Bell::Tick => return Ok(()),
         }
         self.board.changed.notify_all();
         Ok(())

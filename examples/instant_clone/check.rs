@@ -89,8 +89,8 @@ impl Setting {
     }
 
     /// The numbers below `total` that are compared though nobody writes there.
-    fn rest(&self, total: u64, salt: u64, mut is_written: impl FnMut(u64) -> bool) -> Vec<u64> {
-        let mut numbers: Vec<u64> = match self.coverage {
+    fn rest(&self, coverage: Coverage, total: u64, salt: u64, mut is_written: impl FnMut(u64) -> bool) -> Vec<u64> {
+        let mut numbers: Vec<u64> = match coverage {
             Coverage::Full => (0..total).collect(),
             Coverage::Written => {
                 let mut random = Random::new(self.seed ^ salt.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -101,10 +101,12 @@ impl Setting {
         numbers
     }
 
-    /// What the witness is to copy.
+    /// What the witness is to copy. Not everything even where everything is checked: to read a page of the parent's for the first
+    /// time may take memory, which is to be measured yet.
     pub fn witnessed_pages(&self) -> Vec<u64> {
         let written = self.written_pages();
-        let rest = self.rest(self.ram.get() / PAGE as u64, 0, |page| find(&written, page).is_some());
+        let total = self.ram.get() / PAGE as u64;
+        let rest = self.rest(Coverage::Written, total, 0, |page| find(&written, page).is_some());
         written.iter().map(|(page, _)| *page).chain(rest).collect()
     }
 }
@@ -204,7 +206,8 @@ impl Checker {
         findings: &mut Findings,
     ) -> Result<(), BoxError> {
         let total = self.setting.ram.get() / PAGE as u64;
-        let rest = self.setting.rest(total, tag.into(), |page| find(&self.pages, page).is_some());
+        let rest =
+            self.setting.rest(self.setting.coverage, total, tag.into(), |page| find(&self.pages, page).is_some());
         let roles = self.pages.iter().map(|(page, role)| (*page, Some(*role)));
         let (mut found, mut rendered) = ([0; PAGE], [0; PAGE]);
         for (page, role) in roles.chain(rest.into_iter().map(|page| (page, None))) {
@@ -245,7 +248,8 @@ impl Checker {
         findings: &mut Findings,
     ) -> Result<(), BoxError> {
         let disk = vm.disk(DISK).ok_or("the disk is gone")?;
-        let rest = self.setting.rest(SECTORS.get(), tag.into(), |lba| find(&self.sectors, lba).is_some());
+        let is_written = |lba| find(&self.sectors, lba).is_some();
+        let rest = self.setting.rest(self.setting.coverage, SECTORS.get(), tag.into(), is_written);
         let written = self.sectors.iter().map(|(lba, place)| (*lba, Some(*place)));
         let (mut found, mut expected) = ([0; SECTOR], [0; SECTOR]);
         for (lba, place) in written.chain(rest.into_iter().map(|lba| (lba, None))) {

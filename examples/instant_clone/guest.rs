@@ -26,8 +26,10 @@ pub const FIRST_FREE_PAGE: u64 = 0x100;
 /// The least RAM that all of this fits into.
 pub const LEAST_RAM: ByteSize = ByteSize::mib(4);
 
-/// Pages of a lane come in runs of this many neighbours.
-const RUN: u32 = 4;
+/// Pages of a lane come in runs of this many neighbours, as those of real guests do. A power of two.
+pub const RUN: u32 = 16;
+/// Steps between two [`Bell::Tick`]s. A power of two.
+pub const TICK: u32 = 8;
 /// The most pages that all lanes together visit.
 const MOST_PAGES: u64 = 8192;
 /// Sectors that all lanes together write.
@@ -84,12 +86,14 @@ pub enum Bell {
     Write = 0x11,
     /// It found a page that nobody can have left so.
     Broken = 0x12,
+    /// It has half written a page, and asks for nothing: for hypervisors that can stop a guest only when it rings.
+    Tick = 0x13,
 }
 
 impl Bell {
     /// The bell of a number that a guest gave.
     pub fn from_number(number: u32) -> Option<Self> {
-        [Self::Hello, Self::Write, Self::Broken].into_iter().find(|bell| *bell as u32 == number)
+        [Self::Hello, Self::Write, Self::Broken, Self::Tick].into_iter().find(|bell| *bell as u32 == number)
     }
 }
 

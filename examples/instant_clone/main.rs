@@ -11,7 +11,8 @@
 //! |---|---|
 //! | `machine.rs` | **the embedding**: a VM with vCPU threads, pause, save, resume, fork, clone |
 //! | `hypervisor.rs` | what the machine needs of whatever executes guests |
-//! | `sim/` | that, for a RISC-V simulator over the engine's RAM |
+//! | `kvm/` | that, for KVM with the engine's RAM mapped into the guest |
+//! | `sim/` | the same for a RISC-V simulator over the engine's RAM |
 //! | `board.rs`, `disk.rs` | the devices: a doorbell and a disk |
 //! | `guest.rs` | what guests do, and what their pages look like |
 //! | `scenario.rs` | the job, step by step |
@@ -22,6 +23,8 @@ mod check;
 mod disk;
 mod guest;
 mod hypervisor;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod kvm;
 mod machine;
 mod memory;
 mod model;
@@ -34,6 +37,7 @@ mod sim;
 mod witness;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use offshoot::BoxError;
 
@@ -72,13 +76,33 @@ fn main() -> ExitCode {
     if report.findings.violations == 0 { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
 }
 
+/// Runs the job on the backend that was asked for, or else on KVM where it works and in the simulator where it does not.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn run(options: &Options) -> Result<Report, BoxError> {
+    let kvm = || {
+        let kvm = Arc::new(kvm::Kvm::open()?);
+        scenario::try_out(&kvm).map(|()| kvm)
+    };
     match options.backend {
-        Some(Backend::Sim) => scenario::run(sim::Simulator, options),
-        Some(Backend::Kvm) => Err("this build has no KVM backend yet: use --backend sim".into()),
-        None => {
-            eprintln!("KVM is not used: guests run in the simulator");
-            scenario::run(sim::Simulator, options)
-        }
+        Some(Backend::Sim) => scenario::run(Arc::new(sim::Simulator), options),
+        Some(Backend::Kvm) => scenario::run(kvm()?, options),
+        None => match kvm() {
+            Ok(kvm) => {
+                eprintln!("guests run under KVM");
+                scenario::run(kvm, options)
+            }
+            Err(why) => {
+                eprintln!("KVM does not work here ({why}): guests run in the simulator");
+                scenario::run(Arc::new(sim::Simulator), options)
+            }
+        },
     }
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn run(options: &Options) -> Result<Report, BoxError> {
+    if options.backend == Some(Backend::Kvm) {
+        return Err("the KVM guest is for Linux on x86-64: use --backend sim".into());
+    }
+    scenario::run(Arc::new(sim::Simulator), options)
 }

@@ -29,20 +29,25 @@ impl MemoryReport {
         tree: &Tree,
         ram: ByteSize,
     ) -> Result<Self, BoxError> {
-        let (mut count, mut private, mut tables) = (0, 0, 0);
+        let (mut count, mut ram_private, mut disk_private, mut tables) = (0, 0, 0, 0);
         for vm in vms {
             let usage = vm.usage()?;
             count += 1;
-            for space in std::iter::once(usage.ram).chain(usage.disks.into_iter().map(|(_, disk)| disk)) {
-                private += space.private.get() * PAGE as u64;
-                tables += space.table_bytes.get();
+            ram_private += usage.ram.private.get() * PAGE as u64;
+            tables += usage.ram.table_bytes.get();
+            for (_, disk) in usage.disks {
+                disk_private += disk.private.get() * PAGE as u64;
+                tables += disk.table_bytes.get();
             }
         }
-        let pages = tree.usage().heap_pages.get() * PAGE as u64;
+        // RAM of a simulated guest lies on the heap as disks do, that of a KVM guest in memory files.
+        let heap = tree.usage().heap_pages.get() * PAGE as u64;
+        let files = tree.memory_file_bytes().get();
+        let private_on_heap = if tree.usage().memory_files == 0 { ram_private + disk_private } else { disk_private };
         Ok(Self {
-            resident: resident(),
-            shared: ByteSize::new(pages.saturating_sub(private)),
-            private: ByteSize::new(private),
+            resident: resident(files),
+            shared: ByteSize::new(heap.saturating_sub(private_on_heap) + files),
+            private: ByteSize::new(ram_private + disk_private),
             tables: ByteSize::new(tables),
             full_copies: ByteSize::new(count * ram.get()),
             vms: count,
@@ -55,10 +60,12 @@ impl MemoryReport {
 }
 
 /// The proportional set size: a page that many mappings share counts once in all, where the resident set size would count
-/// it for each.
-fn resident() -> Option<ByteSize> {
+/// it for each. Memory files count whole, with the pages that no clone has looked at yet.
+fn resident(files: u64) -> Option<ByteSize> {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    let kib = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(ByteSize::kib(kib))
+    let kib = |key: &str| {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    Some(ByteSize::new((kib("Pss:")? - kib("Pss_Shmem:")?) * 1024 + files))
 }

@@ -69,7 +69,7 @@ impl Stages {
             ("cut", &self.cut, "RAM and disk are sealed, fresh overlays put on"),
             ("resume", &self.resume, "the source runs on"),
             ("spawn", &self.spawn, "a clone's RAM and disk, its identity written"),
-            ("first_instruction", &self.first_instruction, "from the start of spawn, with vCPUs and their state"),
+            ("first_instruction", &self.first_instruction, "from the start of spawn, vCPUs and their state included"),
             ("first_64_pages", &self.first_pages, "from there until 64 shared pages were written"),
         ]
     }

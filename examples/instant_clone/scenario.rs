@@ -44,9 +44,8 @@ struct Run<H: Hypervisor> {
 }
 
 /// Runs the whole job.
-pub fn run<H: Hypervisor>(hypervisor: H, options: &Options) -> Result<Report, BoxError> {
+pub fn run<H: Hypervisor>(hypervisor: Arc<H>, options: &Options) -> Result<Report, BoxError> {
     let start = Instant::now();
-    let hypervisor = Arc::new(hypervisor);
     let lanes: Arc<[Lane]> = guest::lanes(options.ram, SECTORS, options.vcpus).into();
     let base = Arc::new(BaseImage::new(options.seed));
     let setting = Setting {
@@ -130,21 +129,20 @@ pub fn run<H: Hypervisor>(hypervisor: H, options: &Options) -> Result<Report, Bo
     }
     let memory = MemoryReport::measure(members.iter().map(|member| &member.machine.vm), &tree, options.ram)?;
 
-    // ... and every clone is compared with what it must hold.
+    // ... and every clone is compared with what it must hold, and goes in its turn: none needs another.
     if options.fault == Fault::FlipOneByte {
         run.inject_fault(&members, &mut random)?;
     }
     let progress = Progress::new("VMs checked", members.len() as u64);
-    let all = share(cores(), members.iter_mut(), &progress, |member| {
+    let all = share(cores(), members.into_iter(), &progress, |member| {
         let reached = member.machine.vcpus.reached()?;
-        let cut = Cut { origin: Some(member.origin.clone()), tag: member.tag, reached };
+        let cut = Cut { origin: Some(member.origin), tag: member.tag, reached };
         checker.check(&member.machine.vm, &Arc::new(cut))
     })?;
     drop(progress);
     all.into_iter().for_each(|of_one| findings.add(of_one));
 
     // Nothing may be left of anybody.
-    drop(members);
     if tree.usage() != TreeUsage::default() {
         findings.violation(|| format!("all VMs are gone, and the engine still holds {:?}", tree.usage()));
     }
@@ -158,6 +156,13 @@ pub fn run<H: Hypervisor>(hypervisor: H, options: &Options) -> Result<Report, Bo
         parent_steps,
         took: start.elapsed(),
     })
+}
+
+/// Runs a small guest for a moment: whether this hypervisor works here.
+pub fn try_out<H: Hypervisor>(hypervisor: &Arc<H>) -> Result<(), BoxError> {
+    let (tree, lanes) = (Tree::default(), guest::lanes(guest::LEAST_RAM, SECTORS, 1).into());
+    let disk = new_disk(&tree, &Arc::new(BaseImage::new(0)))?;
+    Machine::boot(hypervisor, &tree, hypervisor.layout(guest::LEAST_RAM)?, disk, &lanes, 1)?.run_to(1)
 }
 
 /// What a clone's start took: the engine's spawn, and from the spawn's start to the first instruction, and from there to the end

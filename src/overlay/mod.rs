@@ -14,6 +14,8 @@
 
 mod diff;
 mod index;
+#[cfg(all(test, shuttle))]
+mod interleavings;
 mod live;
 
 pub(crate) use index::{Index, PageState};

@@ -3,7 +3,7 @@
 use rvsim::CpuState;
 
 use super::rv32::*;
-use crate::guest::{Bell, CODE, Lane, ROUND, SPREAD, control, record, stamp};
+use crate::guest::{Bell, CODE, Lane, ROUND, RUN, SPREAD, control, record, stamp};
 
 // What the guest keeps in its saved registers.
 const CONTROL: Reg = S0;
@@ -46,9 +46,9 @@ pub fn assemble() -> Vec<u8> {
     a.bne(T0, TAG, "identity");
 
     a.label("visit"); // t1 = number of the next page, t2 = its address, t3 = its end
-    a.srli(T1, INDEX, 2);
+    a.srli(T1, INDEX, RUN.ilog2() as i32);
     a.mul(T1, T1, GAP);
-    a.andi(T2, INDEX, 3);
+    a.andi(T2, INDEX, RUN as i32 - 1);
     a.add(T1, T1, T2);
     a.add(T1, T1, FIRST);
     a.slli(T2, T1, 12);

@@ -6,13 +6,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use parking_lot::RwLockReadGuard;
-
 use super::page::{Page, PageBody, WORD};
 use super::{Heap, PageArc, State};
 use crate::error::SpaceError;
 use crate::overlay::PageState;
 use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange};
+use crate::sync::RwLockReadGuard;
 
 /// An access as the pages it touches: (page, byte within it, range of the caller's buffer).
 fn pieces(

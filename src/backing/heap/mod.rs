@@ -10,6 +10,8 @@
 
 mod access;
 mod image;
+#[cfg(all(test, shuttle))]
+mod interleavings;
 mod page;
 
 pub use access::{HeapView, Word};
@@ -21,8 +23,6 @@ use std::mem::replace;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
-
 use self::page::Page;
 use super::{Backing, Cut, Deferred, Sealed, Tree};
 use crate::account::Usage;
@@ -30,6 +30,7 @@ use crate::error::SpaceError;
 use crate::image::Source;
 use crate::overlay::{Index, Live, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, PageCount, PageRange, PageSet, PageSize};
+use crate::sync::{Mutex, RwLock, RwLockWriteGuard};
 
 /// How long a cut, a reset or a discard waits for views of the space to be dropped.
 pub(super) const VIEW_PATIENCE: Duration = Duration::from_secs(2);

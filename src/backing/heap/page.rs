@@ -191,6 +191,7 @@ fn merge(word: &AtomicU64, skip: usize, bytes: &[u8]) {
     loop {
         let mut next = now.to_ne_bytes();
         next[skip..skip + bytes.len()].copy_from_slice(bytes);
+        crate::sync::step();
         match word.compare_exchange_weak(now, u64::from_ne_bytes(next), Relaxed, Relaxed) {
             Ok(_) => return,
             Err(seen) => now = seen,
