@@ -23,6 +23,7 @@ mod layer;
 mod precopy;
 #[cfg(test)]
 mod tests;
+mod tracker;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
@@ -35,7 +36,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
-use self::precopy::Tracker;
+use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Sealed, Tree};
 use crate::account::Usage;
