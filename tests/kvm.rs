@@ -129,10 +129,10 @@ fn host() -> Option<Arc<KvmHost>> {
     }
 }
 
-/// A machine with its RAM.
 /// A port, what was written to it, and the registers after.
 type Exit = (u16, Vec<u8>, kvm_regs);
 
+/// A machine with its RAM.
 struct Guest {
     ram: Arc<AnonymousRam>,
     machine: KvmMachine,
