@@ -73,7 +73,20 @@ mod modelled {
         }
     }
 
+    #[derive(Debug)]
     pub(crate) struct OnceLock<T>(std::sync::OnceLock<T>);
+
+    impl<T> Default for OnceLock<T> {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
+
+    impl<T> From<T> for OnceLock<T> {
+        fn from(value: T) -> Self {
+            Self(value.into())
+        }
+    }
 
     impl<T> OnceLock<T> {
         pub(crate) const fn new() -> Self {

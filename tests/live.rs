@@ -269,7 +269,6 @@ fn writers_run_through_every_fork_and_no_page_is_torn_or_foreign() {
     let gate = Gate::default();
     let turns: [AtomicU64; WRITERS as usize] = Default::default();
     let now = || turns.each_ref().map(|turn| turn.load(Ordering::Relaxed));
-    // Turns count from the clock of the VM that is forked: a clone that is checked must have all of them.
     let mut checks = 0;
     thread::scope(|scope| {
         gate.state.lock().unwrap().running = WRITERS as usize;
@@ -326,7 +325,7 @@ fn random_lives_agree_with_a_model() {
 fn life(vm: Vm<Mapped>, dice: &mut Dice, generations: u32) {
     let geometry = vm.ram().layout().geometry();
     let mut model = Flat::new(geometry, &bytes(&vm));
-    let mut origin: Option<Flat> = None;
+    let mut origin = vm.origin().map(|_| model.clone());
     let scribble = |model: &mut Flat, dice: &mut Dice| {
         for _ in 0..dice.below(40) {
             let len = 1 + dice.below(6000);
@@ -338,8 +337,6 @@ fn life(vm: Vm<Mapped>, dice: &mut Dice, generations: u32) {
         if dice.below(2) == 0 {
             let first = dice.below(geometry.pages().get() - 4);
             let range = PageRange::new(PageIndex::new(first), PageCount::new(1 + dice.below(4))).unwrap();
-            let scale = geometry.page_size().bytes().get() / PAGE;
-            assert!(scale > 0);
             vm.ram().discard(Gfn::new(first), range.count()).unwrap();
             model.zero(range);
         }

@@ -36,6 +36,7 @@ mod scenario;
 mod sim;
 mod witness;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -66,9 +67,13 @@ fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    match options.output {
-        Output::Text => print!("{}", report.text()),
-        Output::Json => println!("{}", report.json()),
+    let text = match options.output {
+        Output::Text => report.text(),
+        Output::Json => report.json() + "\n",
+    };
+    if let Err(error) = std::io::stdout().write_all(text.as_bytes()) {
+        eprintln!("error: the report could not be written: {error}");
+        return ExitCode::from(FAILED);
     }
     for violation in &report.findings.examples {
         eprintln!("violation: {violation}");

@@ -169,19 +169,19 @@ impl Report {
             grouped(further)
         )?;
 
-        writeln!(out, "{:<18}{:>11}{:>11}{:>11}  of   what it is", "stage", "p50", "p99", "max")?;
+        writeln!(out, "{:<18}{:>13}{:>13}{:>13}  of   what it is", "stage", "p50", "p99", "max")?;
         for (name, times, what) in self.stages.each() {
             let Summary { p50, p99, max } = Summary::of(times);
             let (p50, p99, max) = (Micros(p50), Micros(p99), Micros(max));
-            writeln!(out, "{name:<18}{p50:>11}{p99:>11}{max:>11}  {:<4} {what}", times.len())?;
+            writeln!(out, "{name:<18}{p50:>13}{p99:>13}{max:>13}  {:<4} {what}", times.len())?;
         }
 
-        writeln!(out, "\n{:<18}{:>11}{:>11}{:>11}  of", "fork, source stops", "p50", "p99", "max")?;
+        writeln!(out, "\n{:<18}{:>13}{:>13}{:>13}  of", "fork, source stops", "p50", "p99", "max")?;
         for (above, level) in self.levels.iter().enumerate() {
             let Summary { p50, p99, max } = Summary::of(&level.forks);
             let (p50, p99, max, depth) = (Micros(p50), Micros(p99), Micros(max), above + 1);
             let (forks, vms) = (level.forks.len(), grouped(level.vms.into()));
-            writeln!(out, "to depth {depth:<9}{p50:>11}{p99:>11}{max:>11}  {forks:<4} for {vms} clones")?;
+            writeln!(out, "to depth {depth:<9}{p50:>13}{p99:>13}{max:>13}  {forks:<4} for {vms} clones")?;
         }
 
         let resident = memory.resident.map_or("not told".to_owned(), |size| Bytes(size).to_string());

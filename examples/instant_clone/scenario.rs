@@ -75,11 +75,7 @@ pub fn run<H: Hypervisor>(hypervisor: Arc<H>, options: &Options) -> Result<Repor
     let root = Arc::new(Cut { origin: None, tag, reached: parent.vcpus.at_cut().to_vec() });
     let timings = point.timings();
     // The witness's copy is for the check: no fork needs it.
-    let timings = ForkTimings {
-        save: timings.save.saturating_sub(witness_took),
-        total: timings.total.saturating_sub(witness_took),
-        ..timings
-    };
+    let timings = ForkTimings { save: timings.save.saturating_sub(witness_took), ..timings };
     stages.forked(&timings);
     let mut levels = vec![Level { forks: vec![timings.stopped()], vms: options.clones }];
 

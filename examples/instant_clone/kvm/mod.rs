@@ -37,7 +37,7 @@ pub struct Chassis {
 }
 
 impl Kvm {
-    /// Opens `/dev/kvm` and tries it. An error says why it cannot be used.
+    /// Opens `/dev/kvm`. An error says why it cannot be used.
     pub fn open() -> Result<Self, BoxError> {
         let host = KvmHost::open()?;
         raise_descriptor_limit();

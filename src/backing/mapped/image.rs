@@ -4,7 +4,7 @@
 //! writes a page.
 
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::Mapped;
 use super::layer::{Content, Family, Layer, LayerBuilder, Spot, host_pages, space_pages};
@@ -14,6 +14,7 @@ use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet};
+use crate::sync::OnceLock;
 use crate::sys::mapping::{Mapping, Placement};
 
 /// An immutable image of mapped RAM.

@@ -5,7 +5,7 @@
 //! names it goes. Must not know which VM maps it.
 
 use std::ops::Deref;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 
 use super::MappedImage;
 use crate::account::{Allocated, Charge, Item};
@@ -14,6 +14,7 @@ use crate::error::SpaceError;
 use crate::image::Source;
 use crate::overlay::{Index, PageRef, PageState};
 use crate::page::{ByteSize, Geometry, PageIndex, PageRange, PageSet, PageSize};
+use crate::sync::OnceLock;
 use crate::sys::error::SysError;
 use crate::sys::mapping::Mapping;
 use crate::sys::memfd::{Memfd, SealError, SealedMemfd};

@@ -24,6 +24,7 @@ mod precopy;
 mod relocate;
 #[cfg(test)]
 mod tests;
+mod tracker;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
@@ -37,7 +38,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
-use self::precopy::Tracker;
+use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Sealed, Tree};
 use crate::account::Usage;

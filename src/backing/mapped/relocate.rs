@@ -28,7 +28,7 @@ use parking_lot::RwLockWriteGuard;
 
 use super::cut::{OldView, Step, seal};
 use super::layer::Layer;
-use super::precopy::Tracker;
+use super::tracker::Tracker;
 use super::{HostRange, Mapped, MappedCut, MappedImage, State, View};
 use crate::backing::{Deferred, Sealed};
 use crate::error::{SpaceError, SystemError};
