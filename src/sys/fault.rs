@@ -27,6 +27,7 @@ pub(crate) enum Call {
     UffdWriteProtect,
     Getrandom,
     /// Any call that creates a part of a KVM machine ahead of need.
+    #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
 }
 

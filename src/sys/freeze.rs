@@ -28,6 +28,7 @@ use super::memfd::{FileId, SealedMemfd};
 use super::reservation::{GIB, Reservation};
 
 /// How a freeze was done.
+#[cfg(test)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum FreezeMethod {
     /// The old view was moved, page tables and all, and waits to be unmapped or restored. Tens of µs at any size.
@@ -41,7 +42,7 @@ pub(crate) enum FreezeMethod {
 pub(crate) enum Restored {
     /// The old shared view is back, page tables and all. Writes go to the file again.
     Shared,
-    /// There was no old view to put back ([`FreezeMethod::RemappedInPlace`]): the private view stays, which shows the
+    /// There was no old view to put back (it was remapped in place): the private view stays, which shows the
     /// same bytes and can be written; the file stays sealed and belongs to this mapping alone.
     KeptPrivate,
 }
@@ -169,6 +170,7 @@ impl Mapping {
 
 impl MovedAside {
     /// How the freeze was done.
+    #[cfg(test)]
     pub(crate) fn method(&self) -> FreezeMethod {
         match self.view {
             Some(_) => FreezeMethod::MovedAside,

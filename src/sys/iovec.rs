@@ -57,6 +57,7 @@ impl RawIoVec {
     ///
     /// # Safety
     /// As [`as_io_slice`](Self::as_io_slice), and the bytes must be writable.
+    #[cfg(test)]
     pub(super) unsafe fn as_io_slice_mut<'a>(self) -> IoSliceMut<'a> {
         let mut slice = MaybeUninit::<IoSliceMut<'a>>::uninit();
         // SAFETY: as in `as_io_slice`; std guarantees the same of `IoSliceMut`.

@@ -17,10 +17,15 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+#[cfg(test)]
 use rustix::io::Errno;
-use rustix::mm::{Advice as Madvise, MapFlags};
+#[cfg(test)]
+use rustix::mm::Advice as Madvise;
+use rustix::mm::MapFlags;
 
-use super::error::{SysError, checked_errno};
+use super::error::SysError;
+#[cfg(test)]
+use super::error::checked_errno;
 use super::fault::Call;
 use super::memfd::{FileId, Memfd, SealedMemfd};
 use super::reservation::{Hole, Reservation};
@@ -35,35 +40,18 @@ pub(crate) enum Placement {
     /// Where the kernel likes: one system call. For clones.
     Anywhere,
     /// At a multiple of 1 GiB: four system calls. For what is to be forked again, or backed by huge pages.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests map clones where a freeze would need them"))]
     GiantAligned,
     /// Into a range found before, whose length must be that of the mapping: one system call.
     Hole(Hole),
 }
 
-/// Hints that change how the kernel treats a mapping, and never what it contains; madvise(2).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Advice {
-    /// Allow transparent huge pages.
-    HugePages,
-    /// Forbid transparent huge pages: a first write copies 4 KiB and no more.
-    NoHugePages,
-    /// Leave it out of core dumps.
-    DontDump,
-    /// Do not inherit it over fork(2).
-    DontFork,
-    /// Expect no locality: no read-ahead from swap.
-    Random,
-    /// Read what is swapped out, soon.
-    WillNeed,
-}
-
 /// Which faults [`Mapping::populate`] takes in advance.
+#[cfg(test)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Populate {
     /// Those of reads: shared pages get page-table entries, holes of the file are allocated in the file.
     Read,
-    /// Those of writes: in a private view every page is copied.
-    Write,
 }
 
 /// What a mapping shows.
@@ -94,10 +82,12 @@ pub(crate) struct Mapping {
 #[derive(Clone, Debug)]
 pub(crate) struct KeptRange {
     base: NonNull<u8>,
+    #[allow(dead_code, reason = "as for its methods")]
     len: ByteSize,
     range: Arc<Reservation>,
 }
 
+#[allow(dead_code, reason = "which of these are asked for depends on the front ends that are built")]
 impl KeptRange {
     /// The first address.
     pub(crate) fn base(&self) -> NonNull<u8> {
@@ -255,6 +245,7 @@ impl Mapping {
     ///
     /// # Errors
     /// [`SysError::Range`], or those of madvise(2).
+    #[cfg(test)]
     pub(crate) fn discard_private(&self, range: PageRange) -> Result<(), SysError> {
         self.madvise(range, Madvise::LinuxDontNeed)
     }
@@ -264,31 +255,15 @@ impl Mapping {
     /// # Errors
     /// [`SysError::Range`], [`SysError::OutOfMemory`], [`SysError::Unsupported`] on an older kernel. A part may have
     /// been populated.
+    #[cfg(test)]
     pub(crate) fn populate(&self, range: PageRange, populate: Populate) -> Result<(), SysError> {
         let advice = match populate {
             Populate::Read => Madvise::LinuxPopulateRead,
-            Populate::Write => Madvise::LinuxPopulateWrite,
         };
         self.madvise(range, advice)
     }
 
-    /// Gives the kernel a hint about all of the mapping. A later [`move_aside`](Self::move_aside) or overlay makes new
-    /// kernel mappings, which do not inherit it.
-    ///
-    /// # Errors
-    /// Those of madvise(2): a kernel without huge pages refuses hints about them.
-    pub(crate) fn advise(&self, advice: Advice) -> Result<(), SysError> {
-        let advice = match advice {
-            Advice::HugePages => Madvise::LinuxHugepage,
-            Advice::NoHugePages => Madvise::LinuxNoHugepage,
-            Advice::DontDump => Madvise::LinuxDontDump,
-            Advice::DontFork => Madvise::LinuxDontFork,
-            Advice::Random => Madvise::Random,
-            Advice::WillNeed => Madvise::WillNeed,
-        };
-        self.madvise(self.geometry.all(), advice)
-    }
-
+    #[cfg(test)]
     fn madvise(&self, range: PageRange, advice: Madvise) -> Result<(), SysError> {
         let (at, len) = self.offsets(range)?;
         if len == 0 {
@@ -560,11 +535,8 @@ mod tests {
             assert!(shared.store::<u32>(ByteOffset::new(at), 1).is_err());
             assert!(shared.read(ByteOffset::new(at), &mut [0; 4]).is_err());
             assert!(shared.write(ByteOffset::new(at), &[0; 4]).is_err());
-            assert!(shared.compare_exchange(ByteOffset::new(at), 0_u32, 1).is_err());
         }
         assert!(shared.zero(pages(15, 17)).is_err());
-        assert!(shared.compare_exchange(ByteOffset::new(2), 0_u32, 1).is_err());
-        assert_eq!(shared.compare_exchange(ByteOffset::new(4), 0_u32, 1), Ok(()));
     }
 
     #[test]

@@ -343,6 +343,7 @@ impl SealedMemfd {
     /// # Errors
     /// [`SysError::Range`] where `range` leaves the mapping or the file; [`SysError::Misuse`] for a shared view, which
     /// would write to a file; [`SysError::OutOfMemory`]. A part may have been copied.
+    #[cfg(test)]
     pub(crate) fn read_into(&self, mapping: &Mapping, range: PageRange) -> Result<(), SysError> {
         if mapping.is_shared() {
             return Err(SysError::Misuse("a layer is only copied into a private view"));

@@ -7,8 +7,6 @@
 //!
 //! The mapped backing exists on 64-bit Linux (x86-64 and AArch64) with 4 KiB host pages. Elsewhere only
 //! [`entropy`], [`image_map`] and [`volatile`] are compiled.
-// The mapped backing is built on top of this in its own branch; until they meet, some of it has no caller.
-#![allow(dead_code)]
 
 pub(crate) mod entropy;
 pub(crate) mod fault;
@@ -39,7 +37,7 @@ pub(crate) mod pagemap;
 pub(crate) mod reservation;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod reset;
-#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(all(test, target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod smaps;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod uffd;

@@ -3,8 +3,8 @@
 //! Owns the only accesses to guest bytes in the crate. Rust's references promise that nobody else writes, which nobody
 //! can promise for guest memory; so there are none: words go through relaxed atomics, and long runs through a few
 //! lines of assembly, which the compiler neither splits, repeats nor reasons about. A copy that races with a writer
-//! holds a mix of old and new bytes, which is what a device would see; only [`load`], [`store`] and
-//! [`compare_exchange`] of an aligned word are free of tearing. It must not know where memory comes from.
+//! holds a mix of old and new bytes, which is what a device would see; only a [`load`] of an aligned word is
+//! free of tearing. It must not know where memory comes from.
 #![allow(unsafe_code)] // Raw pointers are the point: no reference to these bytes may exist.
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -265,19 +265,15 @@ pub(crate) trait Word: Copy + Eq + std::fmt::Debug + sealed::Sealed {
     unsafe fn load_aligned(ptr: *mut u8) -> Self;
     /// # Safety
     /// `ptr` must be mapped, writable and aligned for this type.
-    #[doc(hidden)]
+    #[cfg(test)]
     unsafe fn store_aligned(ptr: *mut u8, value: Self);
-    /// # Safety
-    /// `ptr` must be mapped, writable and aligned for this type.
-    #[doc(hidden)]
-    unsafe fn exchange_aligned(ptr: *mut u8, expected: Self, new: Self) -> Result<(), Self>;
     /// # Safety
     /// `ptr` must be mapped for this type.
     #[doc(hidden)]
     unsafe fn load_bytes(ptr: *const u8) -> Self;
     /// # Safety
     /// `ptr` must be mapped and writable for this type.
-    #[doc(hidden)]
+    #[cfg(test)]
     unsafe fn store_bytes(ptr: *mut u8, value: Self);
 }
 
@@ -290,16 +286,10 @@ macro_rules! word {
                 // SAFETY: the caller's promise. An atomic may be shared with other writers.
                 unsafe { <$atomic>::from_ptr(ptr.cast()) }.load(Ordering::Relaxed)
             }
-            #[inline]
+            #[cfg(test)]
             unsafe fn store_aligned(ptr: *mut u8, value: Self) {
                 // SAFETY: as above.
                 unsafe { <$atomic>::from_ptr(ptr.cast()) }.store(value, Ordering::Relaxed);
-            }
-            #[inline]
-            unsafe fn exchange_aligned(ptr: *mut u8, expected: Self, new: Self) -> Result<(), Self> {
-                // SAFETY: as above.
-                let word = unsafe { <$atomic>::from_ptr(ptr.cast()) };
-                word.compare_exchange(expected, new, Ordering::SeqCst, Ordering::SeqCst).map(|_| ())
             }
             #[inline]
             unsafe fn load_bytes(ptr: *const u8) -> Self {
@@ -308,7 +298,7 @@ macro_rules! word {
                 unsafe { copy_in(ptr, &mut bytes) };
                 Self::from_ne_bytes(bytes)
             }
-            #[inline]
+            #[cfg(test)]
             unsafe fn store_bytes(ptr: *mut u8, value: Self) {
                 // SAFETY: the caller's promise.
                 unsafe { copy_out(&value.to_ne_bytes(), ptr) }
@@ -336,7 +326,7 @@ pub(crate) unsafe fn load<T: Word>(src: *mut u8) -> T {
 ///
 /// # Safety
 /// `dst` must be mapped and writable for the word's size.
-#[inline]
+#[cfg(test)]
 pub(crate) unsafe fn store<T: Word>(dst: *mut u8, value: T) {
     // SAFETY: the caller's promise, and the alignment is looked at.
     unsafe {
@@ -346,20 +336,6 @@ pub(crate) unsafe fn store<T: Word>(dst: *mut u8, value: T) {
             T::store_bytes(dst, value)
         }
     }
-}
-
-/// Stores `new` if the word holds `expected`, sequentially consistent.
-///
-/// # Errors
-/// What the word holds instead.
-///
-/// # Safety
-/// `dst` must be mapped and writable for the word's size, and aligned to it.
-#[inline]
-pub(crate) unsafe fn compare_exchange<T: Word>(dst: *mut u8, expected: T, new: T) -> Result<(), T> {
-    debug_assert!(dst.addr().is_multiple_of(size_of::<T>()));
-    // SAFETY: the caller's promise.
-    unsafe { T::exchange_aligned(dst, expected, new) }
 }
 
 #[cfg(test)]
@@ -421,17 +397,5 @@ mod tests {
             }
         }
         assert_eq!(bytes, pattern(64));
-    }
-
-    #[test]
-    fn exchange_stores_only_over_what_was_expected() {
-        let mut word = 5_u64;
-        let ptr = (&raw mut word).cast();
-        // SAFETY: an aligned word of our own.
-        unsafe {
-            assert_eq!(compare_exchange(ptr, 4_u64, 9), Err(5));
-            assert_eq!(compare_exchange(ptr, 5_u64, 9), Ok(()));
-        }
-        assert_eq!(word, 9);
     }
 }
