@@ -82,6 +82,8 @@ pub mod image;
 mod overlay;
 pub mod page;
 pub mod ram;
+#[cfg(unix)]
+pub mod store;
 mod sync;
 mod sys;
 #[cfg(any(test, feature = "testing"))]
@@ -90,7 +92,7 @@ mod vm;
 
 pub use account::{Limits, TreeUsage, Usage};
 pub use backing::Tree;
-pub use error::{ImageError, SpaceError, SystemError};
+pub use error::{ImageError, SpaceError, StoreError, SystemError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::Relocate;
 pub use vm::{

@@ -26,6 +26,13 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
+    Fdatasync,
+    Fsync,
+    Flock,
+    Fadvise,
+    Rename,
+    Unlink,
+    Readdir,
     /// Any call that creates a part of a KVM machine ahead of need.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
@@ -54,6 +61,13 @@ impl Call {
             Self::UffdRegister => "ioctl(UFFDIO_REGISTER)",
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
+            Self::Fdatasync => "fdatasync",
+            Self::Fsync => "fsync",
+            Self::Flock => "flock",
+            Self::Fadvise => "posix_fadvise",
+            Self::Rename => "rename",
+            Self::Unlink => "unlink",
+            Self::Readdir => "readdir",
             Self::Kvm => "ioctl(KVM)",
         }
     }
