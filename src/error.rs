@@ -132,7 +132,9 @@ pub enum StoreError {
         error: Arc<std::io::Error>,
     },
     /// A sync failed earlier. What was written since the last good one may be lost whatever later syncs say.
-    #[error("{file}: a sync failed, nothing written since the last good flush is durable: drop the disk and open it again")]
+    #[error(
+        "{file}: a sync failed, nothing written since the last good flush is durable: drop the disk and open it again"
+    )]
     SyncFailed {
         /// The file.
         file: Arc<str>,

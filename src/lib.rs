@@ -68,7 +68,8 @@
 //!
 //! # What it does not do
 //!
-//! It contains no hypervisor, device model or network; it does not migrate between hosts; overlays do not survive the process. Feature
+//! It contains no hypervisor, device model or network; it does not migrate between hosts; RAM does not survive the process, disks of
+//! [`store`] do. Feature
 //! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `testing`
 //! has the conformance suite for backings of your own.
 

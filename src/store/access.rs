@@ -163,7 +163,9 @@ fn cold_runs(live: &Live, pages: PageRange) -> Vec<PageRange> {
     let mut runs: Vec<PageRange> = Vec::new();
     for page in pages.iter().filter(|page| !live.presence.contains(*page)) {
         match runs.last_mut() {
-            Some(last) if last.end() == page => *last = PageRange::from_bounds(last.start(), PageRange::one(page).end()),
+            Some(last) if last.end() == page => {
+                *last = PageRange::from_bounds(last.start(), PageRange::one(page).end())
+            }
             _ => runs.push(PageRange::one(page)),
         }
     }
@@ -172,12 +174,7 @@ fn cold_runs(live: &Live, pages: PageRange) -> Vec<PageRange> {
 
 impl State {
     /// The write with the rest of the pages that are new and that it covers in part, from below.
-    fn with_edges<'a>(
-        &self,
-        cold: &[PageRange],
-        at: u64,
-        data: &'a [u8],
-    ) -> Result<(u64, Cow<'a, [u8]>), SpaceError> {
+    fn with_edges<'a>(&self, cold: &[PageRange], at: u64, data: &'a [u8]) -> Result<(u64, Cow<'a, [u8]>), SpaceError> {
         let end = at + data.len() as u64;
         let is_cold = |byte: u64| cold.iter().any(|run| run.contains(PageIndex::new(byte / PAGE)));
         let from = if is_cold(at) { at / PAGE * PAGE } else { at };

@@ -102,6 +102,8 @@ impl DiskDir {
     /// [`StoreError::Damaged`], after which it is marked as corrupt; [`StoreError::MarkedCorrupt`]; [`StoreError::Unknown`]; [`StoreError::Chain`].
     pub fn open_disk(&self, id: DiskId, base: Option<Arc<dyn Source>>) -> Result<Durable, SpaceError> {
         let head = Head::open(self.folder(), id, Purpose::Write)?;
+        // Who made the disk may have been killed before its name was durable.
+        self.sync_names()?;
         check_base(&head, base.as_deref())?;
         let state = match head.top() {
             None => State::over(DurableImage::root(self.clone(), head.shape(), base)),
@@ -199,7 +201,9 @@ impl DiskDir {
                 return Err(file.chain(OTHER_SHAPE).into());
             }
             if matches!(&body, Body::Overlay(overlay) if !overlay.is_frozen()) {
-                return Err(file.chain("it is named as a parent, and is not frozen: its child was never durable").into());
+                return Err(file
+                    .chain("it is named as a parent, and is not frozen: its child was never durable")
+                    .into());
             }
             next = body.parent();
             bodies.push((id, body));

@@ -76,7 +76,7 @@ pub(super) struct Next {
 pub(super) struct Live {
     pub(super) layer: Arc<Layer>,
     pub(super) presence: Presence,
-    /// Whether the disk's head names it. What nothing names goes when it is dropped.
+    /// Whether the disk's head may name it. What nothing names goes when it is dropped.
     pub(super) named: AtomicBool,
     dir: DiskDir,
 }
@@ -163,8 +163,7 @@ impl State {
             let parent = self.origin.top();
             let id = LayerId::random().map_err(|error| disk.dir.no_id(error))?;
             let shape = self.origin.shape();
-            let overlay =
-                Overlay::create(disk.dir.folder(), id, disk.id, parent.map(|layer| layer.id()), shape)?;
+            let overlay = Overlay::create(disk.dir.folder(), id, disk.id, parent.map(|layer| layer.id()), shape)?;
             let live = Live::new(disk.dir.clone(), overlay, parent.cloned());
             let set = self.live.set(live);
             debug_assert!(set.is_ok(), "the lock is held, and it was empty");
@@ -175,13 +174,7 @@ impl State {
 
 impl Durable {
     pub(super) fn new(dir: DiskDir, id: DiskId, state: State, head: Option<Head>) -> Self {
-        Self {
-            id,
-            dir,
-            state: RwLock::new(state),
-            head: Mutex::new(head),
-            claims: [const { Mutex::new(()) }; CLAIMS],
-        }
+        Self { id, dir, state: RwLock::new(state), head: Mutex::new(head), claims: [const { Mutex::new(()) }; CLAIMS] }
     }
 
     /// Its name in its directory: what [`DiskDir::open_disk`] takes. A disk that was spawned is there from its first flush on.

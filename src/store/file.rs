@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::medium::Medium;
+use super::record::BLOCK_LEN;
 use crate::error::StoreError;
 use crate::page::{ByteOffset, ByteSize};
 
@@ -17,6 +18,15 @@ pub(super) struct NamedFile {
     name: Arc<str>,
     medium: Arc<dyn Medium>,
     sync_failed: AtomicBool,
+}
+
+/// What of a file is settled when it is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Part {
+    /// It will be written: everything.
+    All,
+    /// It is read. If its records say that it is frozen, and are durable, so is the rest; and others want it in the cache.
+    Records,
 }
 
 /// Gives an error of the system its meaning.
@@ -105,10 +115,15 @@ impl NamedFile {
         self.told("space", self.medium.allocated())
     }
 
-    /// Makes what earlier holders left behind durable before anything is built on it, and forgets what only memory has.
-    pub(super) fn settle(&self) -> Result<(), StoreError> {
+    /// Makes what earlier holders left behind durable before anything is built on it, and forgets what only memory has: a sync of theirs may
+    /// have failed.
+    pub(super) fn settle(&self, part: Part) -> Result<(), StoreError> {
         self.sync()?;
-        self.told("drop cache", self.medium.forget_cached())
+        let len = match part {
+            Part::All => self.len()?,
+            Part::Records => 2 * BLOCK_LEN,
+        };
+        self.told("drop cache", self.medium.forget_cached(ByteSize::new(len)))
     }
 
     pub(super) fn share(&self) -> Result<(), StoreError> {

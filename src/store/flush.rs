@@ -37,6 +37,9 @@ impl Durable {
             return Ok(());
         };
         let id = live.layer.id();
+        if let Some(head) = head {
+            head.file().check_synced()?;
+        }
         let named = head.as_ref().is_some_and(|head| head.top() == Some(id));
         if !named {
             state.origin.freeze()?;
@@ -61,6 +64,8 @@ impl Durable {
         if named {
             return Ok(());
         }
+        // From here on a head on disk may name it, whatever is answered: it must not go with this process.
+        live.named.store(true, Ordering::Relaxed);
         match head {
             Some(head) => {
                 dir.sync_names()?;
@@ -71,7 +76,6 @@ impl Durable {
                 self.sync_new_name(head)?;
             }
         }
-        live.named.store(true, Ordering::Relaxed);
         Ok(())
     }
 

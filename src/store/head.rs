@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::file::{self, NamedFile};
+use super::file::{self, NamedFile, Part};
 use super::id::{DISK, DiskId, LayerId};
 use super::medium::{Folder, Sharing};
 use super::overlay::Shape;
@@ -68,7 +68,7 @@ impl Head {
         let medium = folder.open(&name, sharing).map_err(|error| file::error(&name, "open", error))?;
         let file = NamedFile::new(name, medium);
         if purpose == Purpose::Write {
-            file.settle()?;
+            file.settle(Part::All)?;
         }
         let mut record = RecordPair::load(&file, &MAGIC, purpose)?;
         if record.record().id() != id.bytes() {

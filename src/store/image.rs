@@ -260,14 +260,8 @@ impl DurableImage {
         writer.finish()?;
         let stacked = below.stack(id, Layer::open(dir.folder(), id)?)?;
         let inner = &stacked.0;
-        let image = Self::build(
-            dir.clone(),
-            inner.shape,
-            inner.index.clone(),
-            inner.top.clone(),
-            inner.base.clone(),
-            lineage,
-        );
+        let image =
+            Self::build(dir.clone(), inner.shape, inner.index.clone(), inner.top.clone(), inner.base.clone(), lineage);
         image.remember();
         Ok(image)
     }
@@ -405,7 +399,10 @@ impl Sealed for DurableImage {
             next = layer.below();
         }
         let named = self.0.index.runs(self.0.shape.geometry.all());
-        match named.iter().find(|(_, state)| matches!(state, PageState::Data(place) if !layers.contains(&place.layer().id()))) {
+        match named
+            .iter()
+            .find(|(_, state)| matches!(state, PageState::Data(place) if !layers.contains(&place.layer().id())))
+        {
             Some((run, _)) => Err(format!("{run:?} lie in a layer that is not one of the image's")),
             None => Ok(()),
         }

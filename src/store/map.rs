@@ -159,12 +159,15 @@ pub(super) enum Side {
     B,
 }
 
+/// A whole version of a block: where it lies, what it says, its generation.
+pub(super) type Version = (Side, Box<MapBlock>, u64);
+
 /// The durable version of a block among its two slots: the newest whole one, or `None` where there never was one. A block's first version
 /// goes to slot A, so B is empty until A was durable.
 ///
 /// # Errors
 /// What is wrong, and in which slot.
-pub(super) fn choose(a: Slot, b: Slot) -> Result<Option<(Side, Box<MapBlock>, u64)>, (Side, &'static str)> {
+pub(super) fn choose(a: Slot, b: Slot) -> Result<Option<Version>, (Side, &'static str)> {
     match (a, b) {
         (Slot::Rotten, _) => Err((Side::A, "a sector of the map does not match its checksum")),
         (_, Slot::Rotten) => Err((Side::B, "a sector of the map does not match its checksum")),
@@ -232,8 +235,8 @@ mod tests {
     #[test]
     fn the_newest_whole_slot_counts() {
         let mut dice = Dice::new(3);
-        let (one, two) = (Box::new(random(&mut dice)), Box::new(random(&mut dice)));
-        let whole = |block: &Box<MapBlock>, generation| Slot::Whole(block.clone(), generation);
+        let (one, two) = (random(&mut dice), random(&mut dice));
+        let whole = |block: &MapBlock, generation| Slot::Whole(Box::new(block.clone()), generation);
         let side = |found: Result<Option<(Side, _, _)>, _>| found.unwrap().map(|(side, _, _)| side);
         assert_eq!(side(choose(Slot::Empty, Slot::Empty)), None);
         assert_eq!(side(choose(Slot::Torn, Slot::Empty)), None);

@@ -67,11 +67,11 @@ pub trait Medium: Send + Sync + fmt::Debug {
     /// As above.
     fn allocated(&self) -> io::Result<ByteSize>;
 
-    /// Has later reads come from the medium rather than from a cache, as far as can be.
+    /// Has later reads of the first `len` bytes come from the medium rather than from a cache, as far as can be.
     ///
     /// # Errors
     /// As above.
-    fn forget_cached(&self) -> io::Result<()>;
+    fn forget_cached(&self, len: ByteSize) -> io::Result<()>;
 
     /// Lets others hold it open for reading, who was alone with it until now.
     ///
@@ -244,8 +244,8 @@ impl Medium for SystemFile {
         Ok(ByteSize::new(self.file.allocated()?))
     }
 
-    fn forget_cached(&self) -> io::Result<()> {
-        if self.lifetime == Lifetime::Scratch { Ok(()) } else { self.file.forget_cached() }
+    fn forget_cached(&self, len: ByteSize) -> io::Result<()> {
+        if self.lifetime == Lifetime::Scratch { Ok(()) } else { self.file.forget_cached(len.get()) }
     }
 
     fn share(&self) -> io::Result<()> {

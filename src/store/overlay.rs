@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::file::{self, NamedFile};
+use super::file::{self, NamedFile, Part};
 use super::id::{DiskId, LayerId, OVERLAY};
-use super::map::{BLOCK_PAGES, MapBlock, Place, Side, Slot, choose};
+use super::map::{BLOCK_PAGES, MapBlock, Place, Side, Slot, Version, choose};
 use super::medium::{Folder, Sharing};
 use super::record::{BLOCK, BLOCK_LEN, LAST_GENERATION, Purpose, Record, RecordPair};
 use crate::error::{SpaceError, StoreError};
@@ -152,9 +152,7 @@ impl Overlay {
         record.put(at::STATE, &LIVE.to_le_bytes());
         record.put(at::BASE_LEN, &shape.base_field().to_le_bytes());
         record.put(at::DATA_AT, &data_at.to_le_bytes());
-        let made = file
-            .set_len(data_at + shape.geometry.len().get())
-            .and_then(|()| RecordPair::create(&file, record));
+        let made = file.set_len(data_at + shape.geometry.len().get()).and_then(|()| RecordPair::create(&file, record));
         match made {
             Ok(record) => Ok(Self {
                 file,
@@ -176,9 +174,7 @@ impl Overlay {
         let sharing = if purpose == Purpose::Write { Sharing::Alone } else { Sharing::Readers };
         let medium = folder.open(&name, sharing).map_err(|error| file::error(&name, "open", error))?;
         let file = NamedFile::new(name, medium);
-        if purpose == Purpose::Write {
-            file.settle()?;
-        }
+        file.settle(if purpose == Purpose::Write { Part::All } else { Part::Records })?;
         let mut record = RecordPair::load(&file, &MAGIC, purpose)?;
         if record.record().id() != id.bytes() {
             return Err(file.damaged("it is another layer than its name says", 48));
@@ -290,12 +286,7 @@ impl Overlay {
         result
     }
 
-    fn write_map(
-        &self,
-        meta: &mut Meta,
-        changed: &[u64],
-        block: impl Fn(u64) -> MapBlock,
-    ) -> Result<(), StoreError> {
+    fn write_map(&self, meta: &mut Meta, changed: &[u64], block: impl Fn(u64) -> MapBlock) -> Result<(), StoreError> {
         let generation = meta.generation + 1;
         for batch in changed.chunks(BATCH) {
             // Read before the sync: all that these blocks name was written before it.
@@ -350,7 +341,7 @@ impl Overlay {
         Ok(())
     }
 
-    fn choose(&self, number: u64, slots: &[u8]) -> Result<Option<(Side, Box<MapBlock>, u64)>, StoreError> {
+    fn choose(&self, number: u64, slots: &[u8]) -> Result<Option<Version>, StoreError> {
         let slot = |at: usize| {
             let mut bytes = [0; BLOCK];
             bytes.copy_from_slice(&slots[at..at + BLOCK]);

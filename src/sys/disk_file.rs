@@ -83,10 +83,16 @@ impl DiskFile {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Has later reads come from the medium rather than from memory, as far as the system can be asked to.
-    pub(crate) fn forget_cached(&self) -> io::Result<()> {
-        #[cfg(target_os = "linux")]
-        checked(Call::Fadvise, || Ok(rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)?))?;
+    /// Has later reads of the first `len` bytes come from the medium rather than from memory, as far as the system can be asked to.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn forget_cached(&self, len: u64) -> io::Result<()> {
+        use rustix::fs::{Advice, fadvise};
+        checked(Call::Fadvise, || Ok(fadvise(&self.file, 0, std::num::NonZeroU64::new(len), Advice::DontNeed)?))
+    }
+
+    /// Other systems cannot be asked.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn forget_cached(&self, _: u64) -> io::Result<()> {
         Ok(())
     }
 

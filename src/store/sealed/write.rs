@@ -47,8 +47,16 @@ impl Writer {
         record.put(header::PAGE_SHIFT, &PageSize::KIB_4.shift().to_le_bytes());
         record.put(header::BASE_LEN, &shape.base_field().to_le_bytes());
         let file = NamedFile::new(name, medium);
-        let mut writer =
-            Self { folder, file, id, buffer: Vec::new(), at: 0, extents: Vec::new(), checks: Vec::new(), renamed: false };
+        let mut writer = Self {
+            folder,
+            file,
+            id,
+            buffer: Vec::new(),
+            at: 0,
+            extents: Vec::new(),
+            checks: Vec::new(),
+            renamed: false,
+        };
         writer.push(record.sealed())?;
         Ok(writer)
     }
