@@ -6,7 +6,7 @@ use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, MachineState, Shell, ShellPool, ShellShape, VcpuIndex,
+    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex,
     VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
@@ -103,7 +103,7 @@ impl Guest for Cpus<'_> {
     fn save(&mut self) -> Result<DeviceState, BoxError> {
         let plan = self.plan.clone();
         let machine = self.machine();
-        Ok(DeviceState::from_object(Arc::new(MachineState::capture(&plan, machine.vm(), machine.vcpus())?)))
+        Ok(DeviceState::from_object(Arc::new(machine.capture(&plan)?)))
     }
 
     fn resume(&mut self) -> Result<(), BoxError> {

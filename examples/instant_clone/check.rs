@@ -13,7 +13,7 @@ use crate::board::DISK;
 use crate::disk::{BaseImage, SECTORS};
 use crate::guest::{Lane, PAGE, SECTOR};
 use crate::model::{Cut, Model};
-use crate::random::Random;
+use crate::common::random::Random;
 use crate::witness::RamCopy;
 
 /// Pages and sectors that nobody wrote, looked at in each VM unless all are.

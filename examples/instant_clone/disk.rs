@@ -11,7 +11,7 @@ use offshoot::page::{ByteOffset, ByteSize, Geometry, GeometryError, Lba, PageSiz
 use offshoot::{BoxError, SpaceError, Tree};
 
 use crate::guest::SECTOR;
-use crate::random::Random;
+use crate::common::random::Random;
 
 const SIZE: ByteSize = ByteSize::mib(64);
 const IMAGE_SIZE: usize = 4 << 20;

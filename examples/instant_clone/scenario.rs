@@ -14,9 +14,10 @@ use crate::hypervisor::Hypervisor;
 use crate::machine::Machine;
 use crate::memory::MemoryReport;
 use crate::model::{Cut, Reached};
-use crate::options::{Fault, Options};
+use crate::options::Options;
 use crate::pool::{Progress, cores, share};
-use crate::random::Random;
+use crate::common::args::Fault;
+use crate::common::random::Random;
 use crate::report::{Level, Report, Stages};
 use crate::witness::Witness;
 

@@ -11,8 +11,9 @@ use super::call::KvmCall;
 use super::chips::{Devices, Irqchips, Pit};
 use super::error::KvmError;
 use super::host::KvmHost;
+use super::machine::{MachinePlan, MachineState};
 use super::ram::{DirtyLog, HostMemory, RamSlot, SlotNumber};
-use super::vcpu::VcpuIndex;
+use super::vcpu::{Target, VcpuIndex};
 use super::{machine_error, vcpu_error};
 use crate::backing::Mapped;
 use crate::page::GuestAddress;
@@ -142,6 +143,35 @@ impl KvmMachine {
     /// The vCPUs, to run them.
     pub fn vcpus_mut(&mut self) -> &mut [VcpuFd] {
         &mut self.vcpus
+    }
+
+    /// The VM's descriptor and the vCPUs, to capture and load them: see [`MachineState`].
+    pub fn parts_mut(&mut self) -> (&VmFd, &mut [VcpuFd]) {
+        (&self.vm, &mut self.vcpus)
+    }
+
+    /// [`MachineState::capture`] of the whole machine.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn capture(&mut self, plan: &MachinePlan) -> Result<MachineState, KvmError> {
+        MachineState::capture(plan, &self.vm, &mut self.vcpus)
+    }
+
+    /// [`MachineState::load`] into the whole machine.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(&mut self, host: &KvmHost, state: &MachineState, target: Target) -> Result<(), KvmError> {
+        state.load(host, &self.vm, &mut self.vcpus, target)
+    }
+
+    /// [`MachineState::restore`] into the whole machine, which must be fresh.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn restore(&mut self, host: &KvmHost, state: &MachineState) -> Result<(), KvmError> {
+        state.restore(host, &self.vm, &mut self.vcpus)
     }
 
     /// The memory slots.

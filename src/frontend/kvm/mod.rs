@@ -14,7 +14,7 @@
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
-//! | `vcpu.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
+//! | `vcpu.rs`, `core.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
 //! | `encode.rs`, `decode.rs` | the stable bytes |
 //! | `diff.rs` | where two states differ, by name |
 //! | `call.rs`, `error.rs` | names of calls, errors with advice |
@@ -34,7 +34,7 @@
 //!     .ram(SlotNumber::new(0), GuestAddress::new(0), ram, DirtyLog::Off)?
 //!     .devices(state.devices())?
 //!     .vcpus(state.vcpu_count())?;
-//! state.restore(&host, clone.vm(), clone.vcpus())?;
+//! clone.restore(&host, &state)?;
 //! let first_exit = clone.vcpus_mut()[0].run();
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -42,6 +42,7 @@
 mod build;
 mod call;
 mod chips;
+mod core;
 mod decode;
 mod diff;
 mod encode;
