@@ -6,8 +6,8 @@ use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex,
-    VmBuilder, finish_exit,
+    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex, VmBuilder,
+    finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
 use offshoot::ram::RamLayout;

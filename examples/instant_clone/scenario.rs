@@ -8,6 +8,8 @@ use offshoot::page::GuestAddress;
 use offshoot::{BoxError, ForkPoint, ForkTimings, Tree, TreeUsage};
 
 use crate::check::{Checker, Setting};
+use crate::common::args::Fault;
+use crate::common::random::Random;
 use crate::disk::{BaseImage, SECTORS, new_disk};
 use crate::guest::{self, Lane, PAGE, ROUND};
 use crate::hypervisor::Hypervisor;
@@ -16,8 +18,6 @@ use crate::memory::MemoryReport;
 use crate::model::{Cut, Reached};
 use crate::options::Options;
 use crate::pool::{Progress, cores, share};
-use crate::common::args::Fault;
-use crate::common::random::Random;
 use crate::report::{Level, Report, Stages};
 use crate::witness::Witness;
 

@@ -151,7 +151,9 @@ impl MachineState {
             Irqchips::Absent => vec![kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }; vcpus.len()],
         };
         let mut states = Vec::with_capacity(vcpus.len());
-        for ((position, vcpu), (plan_of, mp_state)) in vcpus.iter_mut().enumerate().zip(plan.vcpus.iter().zip(mp_states)) {
+        for ((position, vcpu), (plan_of, mp_state)) in
+            vcpus.iter_mut().enumerate().zip(plan.vcpus.iter().zip(mp_states))
+        {
             let index = VcpuIndex::new(position as u32);
             let core = read_core(vcpu, index)?;
             let vcpu: &VcpuFd = (*vcpu).borrow();

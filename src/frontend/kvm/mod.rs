@@ -12,6 +12,7 @@
 //! | `shell.rs` | [`Shell`]: a machine made ahead of need, over a hole in the address space |
 //! | `shell_pool.rs` | [`ShellPool`]: shells in store, refilled in the background |
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
+//! | `dirty.rs` | the pages that a guest wrote, from KVM's log |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
 //! | `vcpu.rs`, `core.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
@@ -45,6 +46,7 @@ mod chips;
 mod core;
 mod decode;
 mod diff;
+mod dirty;
 mod encode;
 mod error;
 mod exit;

@@ -318,7 +318,8 @@ mod tests {
         };
         for irqchips in [Irqchips::Absent, Irqchips::InKernel] {
             let devices = Devices { irqchips, pit: Pit::Absent, clock: Clock::Left };
-            let mut machine = VmBuilder::new(&host).and_then(|vm| vm.devices(devices)).and_then(|vm| vm.vcpus(2)).unwrap();
+            let mut machine =
+                VmBuilder::new(&host).and_then(|vm| vm.devices(devices)).and_then(|vm| vm.vcpus(2)).unwrap();
             for vcpu in machine.vcpus() {
                 vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
             }
