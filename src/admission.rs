@@ -366,6 +366,7 @@ impl Gate {
     }
 
     /// The same for a holder of its own.
+    #[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
     pub(crate) fn pass(self: &Arc<Self>, needs: Needs) -> Result<Pass, AdmissionError> {
         self.take(needs)?;
         Ok(Pass { gate: self.clone(), needs })
@@ -485,12 +486,14 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 /// What was let in, counted until it is dropped.
+#[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
 #[derive(Debug)]
 pub(crate) struct Pass {
     gate: Arc<Gate>,
     needs: Needs,
 }
 
+#[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
 impl Pass {
     /// Leaves what was let in to somebody who does not count it: it counts until the next look, which finds it there.
     pub(crate) fn hand_over(mut self) {
@@ -501,6 +504,7 @@ impl Pass {
     }
 }
 
+#[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
 impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.give_back(self.needs);
