@@ -20,8 +20,8 @@ pub fn page_tables(ram: ByteSize) -> Vec<(u64, Vec<u8>)> {
     let bytes_of = |entries: &mut dyn Iterator<Item = u64>| entries.flat_map(u64::to_le_bytes).collect::<Vec<u8>>();
     let gigabytes = ram.get().div_ceil(1 << 30);
     let mut pages = vec![
-        (LEVEL_4, bytes_of(&mut std::iter::once(LEVEL_3 * PAGE | TABLE))),
-        (LEVEL_3, bytes_of(&mut (0..gigabytes).map(|n| (LEVEL_2 + n) * PAGE | TABLE))),
+        (LEVEL_4, bytes_of(&mut std::iter::once((LEVEL_3 * PAGE) | TABLE))),
+        (LEVEL_3, bytes_of(&mut (0..gigabytes).map(|n| ((LEVEL_2 + n) * PAGE) | TABLE))),
     ];
     for n in 0..gigabytes {
         let large = (0..512).map(|at| n << 30 | at << 21 | LARGE_PAGE);
