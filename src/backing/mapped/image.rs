@@ -255,6 +255,13 @@ impl Sealed for MappedImage {
         if self.is_root() { Mapped::fresh(self.clone()) } else { Mapped::over(self.clone()) }
     }
 
+    fn clone_mappings(&self) -> u64 {
+        // A root image is mapped with room to move it aside.
+        let Some(map) = self.map() else { return 2 };
+        // In more pieces than a VM may have, it is gathered first.
+        map.mappings().min(self.0.tree.limits().mappings_per_vm)
+    }
+
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))

@@ -184,6 +184,7 @@ pub(super) struct LayerBuilder {
 
 impl LayerBuilder {
     pub(super) fn new(tree: &Tree, geometry: Geometry) -> Result<Self, SpaceError> {
+        tree.0.check_room_for_file()?;
         let file = Memfd::create("offshoot-layer", geometry.len())?;
         Ok(Self { layer: Layer::promised(tree), geometry, file, data: PageSet::new(), holes: PageSet::new() })
     }
