@@ -14,6 +14,9 @@ pub enum Unit {
     Milliseconds,
     Bytes,
     PerSecond,
+    /// Of whatever the row names.
+    Count,
+    Ratio,
 }
 
 impl Unit {
@@ -24,12 +27,14 @@ impl Unit {
             Self::Milliseconds => "ms",
             Self::Bytes => "bytes",
             Self::PerSecond => "/s",
+            Self::Count => "",
+            Self::Ratio => "×",
         }
     }
 
     fn of(self, base: f64) -> f64 {
         match self {
-            Self::Nanoseconds | Self::Bytes | Self::PerSecond => base,
+            Self::Nanoseconds | Self::Bytes | Self::PerSecond | Self::Count | Self::Ratio => base,
             Self::Microseconds => base / 1e3,
             Self::Milliseconds => base / 1e6,
         }

@@ -13,6 +13,7 @@
 //! | `shell_pool.rs` | [`ShellPool`]: shells in store, refilled in the background |
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
 //! | `dirty.rs` | the pages that a guest wrote, from KVM's log |
+//! | `prefault.rs` | [`prefault_second_level`]: page tables of the guest's, filled ahead |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
 //! | `vcpu.rs`, `core.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
@@ -53,6 +54,7 @@ mod exit;
 mod host;
 mod machine;
 mod msr;
+mod prefault;
 mod ram;
 mod shell;
 mod shell_pool;
@@ -69,6 +71,7 @@ pub use exit::finish_exit;
 pub use host::KvmHost;
 pub use machine::{MachinePlan, MachineState, Omission};
 pub use msr::{MsrIndex, MsrPlan};
+pub use prefault::{SecondLevel, prefault_second_level};
 pub use ram::{AnonymousRam, DirtyLog, HostMemory, RamSlot, SlotNumber};
 pub use shell::{Shell, ShellError, ShellShape};
 pub use shell_pool::{PoolLimits, PoolStats, ShellPool};
