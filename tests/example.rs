@@ -184,8 +184,8 @@ fn the_kvm_fuzzer_resets_and_finds_the_bug() {
     if !kvm_works() {
         return;
     }
-    let output = run_example("fuzz_reset", "--backend kvm --inputs 300 --ram 8M --check full --json");
-    assert_good_fuzzing(&output, "kvm", 300.0, 300.0);
+    let output = run_example("fuzz_reset", "--backend kvm --inputs 200 --ram 8M --check full --json");
+    assert_good_fuzzing(&output, "kvm", 200.0, 200.0);
     let output = run_example("fuzz_reset", "--backend kvm --inputs 64 --ram 8M --inject-fault --json");
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("violation: after input 64: RAM at"), "{}", text(&output.stderr));

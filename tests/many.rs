@@ -114,7 +114,7 @@ mod machines {
     use kvm_bindings::kvm_regs;
     use kvm_ioctls::{VcpuExit, VcpuFd};
     use offshoot::frontend::kvm::{
-        Devices, KvmHost, MachinePlan, MachineState, SecondLevel, VcpuIndex, VmBuilder, prefault_second_level,
+        Devices, KvmHost, MachinePlan, SecondLevel, VcpuIndex, VmBuilder, prefault_second_level,
     };
     use offshoot::page::{PageIndex, PageSet};
     use offshoot::{Admission, AtRest, DeviceState, Prefault};

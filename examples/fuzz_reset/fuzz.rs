@@ -107,7 +107,8 @@ impl Witness {
         for (piece, expected) in self.ram.chunks(PIECE).enumerate() {
             let (start, found) = (piece * PIECE, &mut found[..expected.len()]);
             vm.ram().read(GuestAddress::new(start as u64), found)?;
-            if let Some(at) = (0..expected.len()).find(|&at| found[at] != expected[at]) {
+            if found != expected {
+                let at = (0..expected.len()).find(|&at| found[at] != expected[at]).unwrap_or_default();
                 return Ok(Some(format!("RAM at {:#x}", start + at)));
             }
         }
