@@ -269,7 +269,7 @@ impl State {
         let text = |error: SpaceError| error.to_string();
         let (all, size) = (self.geometry().all(), self.geometry().page_size());
         // Reading what no layer holds would make the kernel allocate it.
-        let held = self.origin.data_in(all).map_err(text)?;
+        let held = self.origin.data_in(&PageSet::from(all)).map_err(text)?;
         let other = self.shown.diff(self.origin.index()).union(&self.private_pages().map_err(text)?);
         let (mut own, mut origin) = (vec![0; size.bytes().get() as usize], vec![0; size.bytes().get() as usize]);
         for page in held.difference(&other).pages() {
