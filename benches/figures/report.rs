@@ -13,6 +13,9 @@ pub enum Unit {
     Microseconds,
     Milliseconds,
     Bytes,
+    /// Of whatever the row names.
+    Count,
+    Ratio,
 }
 
 impl Unit {
@@ -22,12 +25,14 @@ impl Unit {
             Self::Microseconds => "µs",
             Self::Milliseconds => "ms",
             Self::Bytes => "bytes",
+            Self::Count => "",
+            Self::Ratio => "×",
         }
     }
 
     fn of(self, base: f64) -> f64 {
         match self {
-            Self::Nanoseconds | Self::Bytes => base,
+            Self::Nanoseconds | Self::Bytes | Self::Count | Self::Ratio => base,
             Self::Microseconds => base / 1e3,
             Self::Milliseconds => base / 1e6,
         }
