@@ -23,9 +23,17 @@ mod figures {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod kvm;
     #[cfg(target_os = "linux")]
+    pub mod many;
+    #[cfg(target_os = "linux")]
     pub mod mapped;
     pub mod options;
+    #[cfg(target_os = "linux")]
+    pub mod prefault;
+    #[cfg(target_os = "linux")]
+    pub mod process;
     pub mod report;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod reset;
     pub mod sample;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
@@ -33,7 +41,10 @@ mod figures {
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod tiny_guest;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod toucher;
     pub mod tree;
+    pub mod trees;
 }
 
 use std::process::ExitCode;
@@ -77,10 +88,16 @@ macro_rules! kvm {
 
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
+    Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
+    Figure { name: "many", what: "thousands of mapped clones alive, each having written", run: linux!(many::engine) },
+    Figure { name: "many-kvm", what: "hundreds of KVM machines in one process", run: kvm!(many::machines) },
+    Figure { name: "memory-kvm", what: "memory of an idle KVM clone, all in", run: kvm!(many::idle_machines) },
+    Figure { name: "prefault", what: "first touches of a clone, mapped ahead or not", run: linux!(prefault::prefault) },
     Figure { name: "pause", what: "mapped face: cutting a resident parent", run: linux!(mapped::pause) },
     Figure { name: "refork", what: "mapped face: cutting a clone that has written", run: linux!(mapped::refork) },
     Figure { name: "first-write", what: "mapped face: breaking sharing", run: linux!(mapped::first_write) },
     Figure { name: "reset", what: "mapped face: dropping what a clone wrote", run: linux!(mapped::reset) },
+    Figure { name: "reset-vcpu", what: "KVM: a machine back at its fork point, in place", run: kvm!(reset::vcpu) },
     Figure { name: "memory", what: "engine memory of an idle clone", run: figures::spawn::memory },
     Figure {
         name: "kvm",
@@ -92,6 +109,9 @@ const FIGURES: &[Figure] = &[
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
+    Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
+    Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::admission::AdmissionError;
 use crate::page::{ByteOffset, ByteSize, GeometryError, PageCount, PageIndex, PageSize};
 
 /// What can go wrong with a space (a VM's RAM, or one disk) and its pages. The space is as it was before the call.
@@ -12,6 +13,9 @@ pub enum SpaceError {
     /// A range or a size that cannot be.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// There is no room in this process or on this host for one more memory file.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// The limit on heap pages of this fork tree.
     #[error("the limit of {limit} on the heap is reached: drop clones or fork points, or raise Limits::heap_pages")]
     HeapLimit {
@@ -29,6 +33,17 @@ pub enum SpaceError {
         limit: u64,
         /// Its name.
         name: &'static str,
+    },
+    /// The limit on layers of an image.
+    #[error(
+        "an image of {layers} layers, {limit} allowed: wait for the merges that earlier forks put off (ForkPoint::teardown), merge or \
+         flatten a fork point, or raise Limits::layers_per_image"
+    )]
+    LayerLimit {
+        /// How many the new image would have.
+        layers: u32,
+        /// The limit.
+        limit: u32,
     },
     /// Too many forks between a VM and its first ancestor.
     #[error("fork depth {depth} is at the limit of {limit}: flatten the fork point, or raise Limits::depth")]

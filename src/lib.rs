@@ -74,6 +74,7 @@
 //! has the conformance suite for backings of your own.
 
 mod account;
+mod admission;
 pub mod backing;
 pub mod disk;
 mod error;
@@ -92,7 +93,8 @@ pub mod testing;
 mod vm;
 
 pub use account::{Limits, TreeUsage, Usage};
-pub use backing::Tree;
+pub use admission::{Admission, AdmissionError, HostCheck, MemoryLimit};
+pub use backing::{Prefault, Prefaulted, Tree, WorkingSet};
 pub use error::{ImageError, SpaceError, StoreError, SystemError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::Relocate;

@@ -1,6 +1,8 @@
 //! Spawning: a clone's RAM, 64 GiB disk and device state, engine only; flat in resident RAM and in siblings. And what an idle clone holds.
 
 use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
 
 use offshoot::backing::{Backing, Heap};
 use offshoot::page::ByteSize;
@@ -111,6 +113,85 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
         Ok((format!("clone of a Vec<u8> of {}", size_name(copied)), Box::new(sample)))
     })?;
     siblings::<Heap>("heap", effort, report)
+}
+
+/// Calls of each thread in one sample.
+const CALLS: u32 = 2000;
+
+/// The time of a call, all threads' calls together: half as much with two threads, if nothing is shared.
+fn together(threads: usize, call: impl Fn() + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let work = || {
+        barrier.wait();
+        let start = Instant::now();
+        (0..CALLS).for_each(|_| call());
+        (start, Instant::now())
+    };
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("it only spawns")).collect()
+    });
+    let (first, last) = (times.iter().map(|time| time.0).min(), times.iter().map(|time| time.1).max());
+    let wall = first.zip(last).map_or(Duration::ZERO, |(first, last)| last - first);
+    wall.as_secs_f64() * 1e9 / (f64::from(CALLS) * threads as f64)
+}
+
+/// Calls a second of all threads together.
+fn rate(stats: Stats) -> Stats {
+    Stats { p50: 1e9 / stats.p50, p99: 1e9 / stats.p99 }
+}
+
+/// By one and by two threads, beside a baseline of as many.
+fn rates(
+    effort: &Effort,
+    report: &mut Report,
+    (name, call): (&str, &(dyn Fn() + Sync)),
+    (baseline, bare): (&str, &(dyn Fn() + Sync)),
+) {
+    let mut round = Round::new(effort);
+    for threads in [1, 2] {
+        round.probe(move || together(threads, call));
+        round.probe(move || together(threads, bare));
+    }
+    let [one, bare_one, two, bare_two] = round.run();
+    for (threads, stats, bare) in [("one thread", one, bare_one), ("two threads", two, bare_two)] {
+        report.row(&Row {
+            case: format!("{name} a second, {threads}"),
+            unit: Unit::Count,
+            stats: rate(stats),
+            baseline: Some(Baseline::new(format!("{baseline}, {threads}"), rate(bare))),
+            goal: Goal::None,
+        });
+    }
+    let scaling = |two: Stats, one: Stats| Stats::exactly(one.p50 / two.p50);
+    report.row(&Row {
+        case: format!("{name}: two threads over one"),
+        unit: Unit::Ratio,
+        stats: scaling(two, one),
+        baseline: Some(Baseline::new(baseline, scaling(bare_two, bare_one))),
+        goal: Goal::None,
+    });
+}
+
+/// Spawning and dropping clones of one fork point by one and by two threads, beside what the kernel and this machine allow.
+pub fn parallel(effort: &Effort, report: &mut Report) -> Outcome {
+    let len = ByteSize::mib(64);
+    #[cfg(target_os = "linux")]
+    {
+        use super::bare::{View, filled_memfd};
+        let file = filled_memfd(ByteSize::mib(1))?;
+        let bare = || drop(View::private(&file, len).expect("room for a mapping"));
+        let point = fork_point::<offshoot::backing::Mapped>(len)?;
+        let spawn = || drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
+        rates(effort, report, ("mapped spawns", &spawn), ("bare mmap and munmap", &bare));
+    }
+    let count = || {
+        black_box((0..1000).fold(0_u64, |sum, n| black_box(sum + n)));
+    };
+    let point = fork_point::<Heap>(len)?;
+    let spawn = || drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
+    rates(effort, report, ("heap spawns", &spawn), ("counting to 1,000", &count));
+    Ok(())
 }
 
 const IDLE_CLONES: u64 = 1000;

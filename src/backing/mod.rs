@@ -12,6 +12,7 @@ mod file;
 mod heap;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod mapped;
+mod working_set;
 
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
@@ -19,6 +20,7 @@ pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Wo
 pub use mapped::{AddressHole, HostRange, Mapped, MappedCut, MappedImage, PlacedRam};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
+pub use working_set::{Prefault, Prefaulted, WorkingSet};
 
 use std::fmt;
 use std::sync::Arc;
@@ -44,13 +46,19 @@ impl Tree {
         Self(Ledger::new(limits))
     }
 
+    /// A tree on a host that is looked at in this way.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn on(limits: Limits, host: Arc<dyn crate::admission::HostView>) -> Self {
+        Self(Ledger::on(limits, host))
+    }
+
     /// The limits it was made with.
     pub fn limits(&self) -> &Limits {
         self.0.limits()
     }
 
     /// Memory that the sealed layers of mapped RAM take in all, as the kernel counts it: shared by every clone, counted once. One call to
-    /// the kernel for each file.
+    /// the kernel for each file. A layer that was merged away and that only running VMs still show is not counted.
     pub fn memory_file_bytes(&self) -> ByteSize {
         self.0.file_bytes()
     }
@@ -149,6 +157,22 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     /// What the system refuses: the mapped backing asks the kernel.
     fn usage(&self) -> Result<Usage, SpaceError>;
 
+    /// The pages touched since the space was spawned. A backing that does not see reads tells what was written.
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    fn working_set(&self) -> Result<WorkingSet, SpaceError> {
+        Ok(WorkingSet::new(PageSet::new(), self.dirty()?))
+    }
+
+    /// Takes the page faults of a working set in advance, where the backing has any. Content stays what it is.
+    ///
+    /// # Errors
+    /// [`SpaceError::Geometry`] where the set reaches past the end, or what the system refuses; some pages may be mapped then.
+    fn prefault(&self, prefault: &Prefault) -> Result<Prefaulted, SpaceError> {
+        Ok(Prefaulted { left_out: prefault.set.count(), ..Prefaulted::default() })
+    }
+
     /// Derives every invariant again and compares. For tests: it walks all tables.
     ///
     /// # Errors
@@ -216,6 +240,11 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     /// # Errors
     /// [`SpaceError::MappingLimit`], or what the system refuses.
     fn spawn(&self) -> Result<Self::Live, SpaceError>;
+
+    /// Kernel mappings that a live space begins with, for admission to count. None, unless the kernel shares the pages.
+    fn clone_mappings(&self) -> u64 {
+        0
+    }
 
     /// The pages in which the two images may differ: those that either side's ancestors wrote since they parted. Costs by what
     /// changed. Exact up to pages that were written back to what they were, and up to clean pages which a backing

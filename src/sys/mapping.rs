@@ -17,19 +17,15 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-#[cfg(test)]
 use rustix::io::Errno;
-#[cfg(test)]
 use rustix::mm::Advice as Madvise;
 use rustix::mm::MapFlags;
 
-use super::error::SysError;
-#[cfg(test)]
-use super::error::checked_errno;
+use super::error::{SysError, checked_errno};
 use super::fault::Call;
 use super::memfd::{FileId, Memfd, SealedMemfd};
 use super::reservation::{Hole, Reservation};
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageRange, PageSize};
 
 /// The unit of every range in this folder: the kernel breaks sharing page by page at this size.
 pub(crate) const PAGE: PageSize = PageSize::KIB_4;
@@ -47,11 +43,12 @@ pub(crate) enum Placement {
 }
 
 /// Which faults [`Mapping::populate`] takes in advance.
-#[cfg(test)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Populate {
     /// Those of reads: shared pages get page-table entries, holes of the file are allocated in the file.
     Read,
+    /// Those of writes: of a private view every page becomes private, with the bytes that it shows.
+    Write,
 }
 
 /// What a mapping shows.
@@ -255,15 +252,14 @@ impl Mapping {
     /// # Errors
     /// [`SysError::Range`], [`SysError::OutOfMemory`], [`SysError::Unsupported`] on an older kernel. A part may have
     /// been populated.
-    #[cfg(test)]
     pub(crate) fn populate(&self, range: PageRange, populate: Populate) -> Result<(), SysError> {
         let advice = match populate {
             Populate::Read => Madvise::LinuxPopulateRead,
+            Populate::Write => Madvise::LinuxPopulateWrite,
         };
         self.madvise(range, advice)
     }
 
-    #[cfg(test)]
     fn madvise(&self, range: PageRange, advice: Madvise) -> Result<(), SysError> {
         let (at, len) = self.offsets(range)?;
         if len == 0 {
@@ -355,19 +351,6 @@ impl Mapping {
         };
         let rest = end < self.geometry.pages().get() && !self.extents.contains_key(&end);
         self.kernel_mappings() - covered + 1 + u64::from(rest)
-    }
-
-    /// Which file each run of pages shows, in ascending order, where private pages do not hide it.
-    pub(crate) fn files(&self) -> Vec<(PageRange, FileId)> {
-        let (View::Shared(base) | View::Private(base)) = self.view;
-        let mut starts: Vec<_> = self.extents.iter().map(|(&from, &file)| (from, file)).collect();
-        if starts.is_empty() {
-            starts.push((0, base));
-        }
-        let ends = starts.iter().skip(1).map(|&(from, _)| from).chain([self.geometry.pages().get()]);
-        let runs = starts.iter().zip(ends);
-        runs.map(|(&(from, file), to)| (PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to)), file))
-            .collect()
     }
 
     /// A range of pages as offset and length in bytes, checked.

@@ -6,12 +6,13 @@
 //! overlays, fork points or VMs.
 //!
 //! The mapped backing exists on 64-bit Linux (x86-64 and AArch64) with 4 KiB host pages. Elsewhere only
-//! [`disk_file`] (any Unix), [`entropy`], [`image_map`] and [`volatile`] are compiled.
+//! [`disk_file`] (any Unix), [`entropy`], [`headroom`] (which knows nothing there), [`image_map`] and [`volatile`] are compiled.
 
 #[cfg(unix)]
 pub(crate) mod disk_file;
 pub(crate) mod entropy;
 pub(crate) mod fault;
+pub(crate) mod headroom;
 pub(crate) mod image_map;
 pub(crate) mod volatile;
 
@@ -21,8 +22,6 @@ pub(crate) mod access;
 pub(crate) mod error;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod freeze;
-#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
-pub(crate) mod headroom;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub(crate) mod hollow;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -41,6 +40,8 @@ pub(crate) mod reservation;
 pub(crate) mod reset;
 #[cfg(all(test, target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod smaps;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) mod touched;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod uffd;
 #[cfg(all(feature = "vm-memory", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]

@@ -14,6 +14,7 @@ mod point;
 mod relocate;
 mod reset;
 mod timings;
+mod working_set;
 
 pub use commit::CommitError;
 pub use fork::ForkError;
@@ -33,8 +34,9 @@ use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 
-use crate::account::{Charge, Item, Usage};
-use crate::backing::{Backing, Tree};
+use crate::account::{Seat, Usage};
+use crate::admission::{AdmissionError, Needs};
+use crate::backing::{Backing, Prefaulted, Tree};
 use crate::disk::Disk;
 use crate::error::SpaceError;
 use crate::ram::{Ram, RamLayout};
@@ -103,6 +105,9 @@ pub enum BuildError {
         /// The limit.
         limit: u64,
     },
+    /// There is no room for one more.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// RAM or a disk could not be made.
     #[error(transparent)]
     Space(#[from] SpaceError),
@@ -122,7 +127,9 @@ pub struct Vm<B: Backing> {
     life: Mutex<Life<B>>,
     /// Clones named after this VM, over all its fork points: no two of them get one name.
     clones: Arc<AtomicU64>,
-    _charge: Charge,
+    prefaulted: Option<Prefaulted>,
+    /// Last: what it counts is gone by then.
+    _seat: Seat,
 }
 
 struct Life<B: Backing> {
@@ -149,20 +156,21 @@ impl<B: Backing> Vm<B> {
                 return Err(BuildError::DuplicateDisk(name.clone()));
             }
         }
+        let seat = tree.0.admit_vm(Needs::default())?;
         let identity = Identity::fresh(name)?;
         let ram = Ram::create(tree, layout)?;
         let disks = disks.into_iter().map(|(name, disk)| (name, Arc::new(disk))).collect();
-        Ok(Self::assemble(tree.clone(), identity, ram, disks, Life { status: VmStatus::Off, origin: None }))
+        Ok(Self::assemble(tree.clone(), seat, identity, ram, disks, Life { status: VmStatus::Off, origin: None }))
     }
 
     fn assemble(
         tree: Tree,
+        seat: Seat,
         identity: Identity,
         ram: Ram<B>,
         disks: Box<[(DiskName, Arc<Disk>)]>,
         life: Life<B>,
     ) -> Self {
-        let charge = tree.0.charge(Item::Vm);
         Self {
             tree,
             identity,
@@ -170,7 +178,8 @@ impl<B: Backing> Vm<B> {
             disks,
             life: Mutex::new(life),
             clones: Arc::default(),
-            _charge: charge,
+            prefaulted: None,
+            _seat: seat,
         }
     }
 

@@ -13,16 +13,20 @@ use super::{
     BoxError, CloneSpec, DeviceState, DiskName, ForkTimings, IdentityError, Life, Teardown, Vm, VmName, VmStatus,
 };
 use crate::account::{Charge, Item};
-use crate::backing::{Backing, Sealed, Tree};
+use crate::admission::AdmissionError;
+use crate::backing::{Backing, Prefault, Prefaulted, Sealed, Tree};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
-use crate::page::PageSet;
+use crate::page::{ByteSize, PageSet};
 use crate::ram::{Ram, RamLayout};
 
 /// Why there is no clone. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpawnError {
+    /// There is no room for one more clone: nothing was begun.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// RAM or a disk could not be made.
     #[error("the clone's memory could not be made: {0}")]
     Space(#[from] SpaceError),
@@ -83,7 +87,7 @@ impl<B: Backing> ForkPoint<B> {
     /// size and of siblings; on the mapped backing, one kernel mapping for each extent of layers.
     ///
     /// # Errors
-    /// [`SpawnError::Space`].
+    /// [`SpawnError::Refused`], [`SpawnError::Space`].
     pub fn spawn(&self, spec: CloneSpec) -> Result<Vm<B>, SpawnError> {
         self.spawn_with(spec, |_| Ok(()))
     }
@@ -92,7 +96,7 @@ impl<B: Backing> ForkPoint<B> {
     /// whatever must be done before anybody can run it.
     ///
     /// # Errors
-    /// [`SpawnError::Space`]; [`SpawnError::Customize`] where `customize` fails. There is no clone then.
+    /// As [`ForkPoint::spawn`]; [`SpawnError::Customize`] where `customize` fails. There is no clone then.
     ///
     /// ```
     /// # use offshoot::{*, backing::Heap, page::*, ram::*};
@@ -129,7 +133,14 @@ impl<B: Backing> ForkPoint<B> {
     ) -> Result<Vm<B>, SpawnError> {
         let _span = debug_span!("spawn", parent = %self.0.parts.parent).entered();
         let parts = &self.0.parts;
+        let mappings = parts.disks.iter().map(|(_, image)| image.image().clone_mappings()).sum::<u64>();
+        let mappings = mappings.saturating_add(parts.ram.clone_mappings());
+        let ledger = &self.0.tree.0;
+        let size = parts.layout.geometry().page_size();
+        let ready = spec.prefault.as_ref().map_or(ByteSize::ZERO, |prefault| size.size_of(prefault.copies()));
+        let seat = ledger.admit_vm(ledger.needs_of_clone(mappings, ready))?;
         let ram = Ram::over(parts.layout.clone(), ram(&parts.ram)?);
+        let prefaulted = prefault(ram.space(), spec.prefault.as_ref())?;
         let disks = parts.disks.iter().map(|(name, image)| Ok((name.clone(), Arc::new(image.spawn()?))));
         let disks = disks.collect::<Result<_, SpaceError>>()?;
         let identity = spec.identity(|| {
@@ -137,7 +148,8 @@ impl<B: Backing> ForkPoint<B> {
             parts.parent.of_clone(parts.clones.fetch_add(1, Ordering::Relaxed) + 1)
         })?;
         let life = Life { status: VmStatus::Busy, origin: Some(self.clone()) };
-        let clone = Vm::assemble(self.0.tree.clone(), identity, ram, disks, life);
+        let mut clone = Vm::assemble(self.0.tree.clone(), seat, identity, ram, disks, life);
+        clone.prefaulted = prefaulted;
         customize(&clone).map_err(SpawnError::Customize)?;
         clone.life.lock().status = VmStatus::Paused;
         Ok(clone)
@@ -246,6 +258,12 @@ impl<B: Backing> ForkPoint<B> {
         let mut disks = self.0.parts.disks.iter();
         disks.try_for_each(|(name, disk)| disk.image().validate().map_err(|wrong| format!("disk {name}: {wrong}")))
     }
+}
+
+/// Maps ahead what the caller asked for, before anybody can run the clone.
+fn prefault<B: Backing>(space: &B, prefault: Option<&Prefault>) -> Result<Option<Prefaulted>, SpaceError> {
+    let Some(prefault) = prefault else { return Ok(None) };
+    debug_span!("prefault", pages = prefault.set.count().get()).in_scope(|| space.prefault(prefault).map(Some))
 }
 
 const NO_SUCH_DISK: SpaceError = SpaceError::Unrelated("the other fork point has no disk of this name");

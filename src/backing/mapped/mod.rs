@@ -11,20 +11,25 @@
 //! handler to wait for, and pages that are only read stay one physical copy. Which pages a VM has of its own is asked of the kernel's
 //! page tables. Host addresses are stable through forks and resets; a cut that moves the space ([`relocate`]) changes them.
 //!
-//! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since, and after a live fork for
+//! `shown` is the index of what lies under the private pages: versions, whichever layers show them ([`merge`] moves them). It is the origin's, but for pages zeroed since, and after a live fork for
 //! the pages that it copied: those stay private, with the origin's bytes, until they are written or a plain fork lays the layers over them.
 //!
 //! Locking: `state` is held shared by every access through this type, exclusively by cut, reset and zero. vCPUs go through host
 //! pointers and take no lock: they must be paused for those, which is the guest's contract.
 
+#[cfg(test)]
+mod chain_tests;
 mod cut;
 mod image;
 mod layer;
+mod layer_map;
+mod merge;
 mod precopy;
 mod relocate;
 #[cfg(test)]
 mod tests;
 mod tracker;
+mod working_set;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
@@ -37,10 +42,11 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
+use self::image::is_hole;
+use self::layer::{HOST_PAGE, Layer, Version, host_pages, is_zero, space_pages};
 use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
-use super::{Backing, Sealed, Tree};
+use super::{Backing, Prefault, Prefaulted, Sealed, Tree, WorkingSet};
 use crate::account::Usage;
 use crate::error::{SpaceError, SystemError};
 use crate::image::Source;
@@ -67,7 +73,7 @@ struct State {
     origin: MappedImage,
     mapping: Mapping,
     view: View,
-    shown: Index<Spot>,
+    shown: Index<Version>,
     table_bytes: u64,
     /// After a live fork: tells private pages written since from those whose bytes are the origin's. After `mapping`, which
     /// is to go first.
@@ -80,8 +86,10 @@ struct State {
 enum View {
     /// Shared, of a file that nobody else maps. The guest's writes are in the file.
     Shared(OwnFile),
-    /// Private, of the layers in `shown`.
+    /// Private, of layers that show what `shown` says: the origin's, as they were when they were mapped.
     Private,
+    /// Private, of the space's own file: the first cut was begun and undone, and the shared view could not be put back.
+    Kept(Arc<Layer>),
 }
 
 /// The file of a space that was never cut.
@@ -123,14 +131,14 @@ impl State {
         let candidates = match &self.view {
             View::Shared(OwnFile::Writable(file)) => self.with_base(file.data_in(self.mapping.geometry().all())?),
             View::Shared(OwnFile::Sealed(layer)) => self.with_base(layer.file.data_in(self.mapping.geometry().all())?),
-            View::Private => PageSet::from(self.geometry().all()),
+            View::Private | View::Kept(_) => PageSet::from(self.geometry().all()),
         };
         for page in candidates.pages() {
             match &self.view {
                 // Reading the file allocates nothing; reading a hole through the mapping would.
                 View::Shared(OwnFile::Writable(file)) => file.read_at(size.start_of(page), &mut own)?,
                 View::Shared(OwnFile::Sealed(layer)) => layer.file.read_at(size.start_of(page), &mut own)?,
-                View::Private => self.mapping.read(size.start_of(page), &mut own)?,
+                View::Private | View::Kept(_) => self.mapping.read(size.start_of(page), &mut own)?,
             }
             self.origin.read(size.start_of(page), &mut root)?;
             if own != root {
@@ -148,15 +156,9 @@ impl State {
     }
 
     /// Lays a layer over pages, which then show it and nothing private.
-    fn show(&mut self, range: PageRange, spot: &Spot) -> Result<(), SpaceError> {
+    fn show(&mut self, range: PageRange, layer: &Layer) -> Result<(), SpaceError> {
         let host = host_pages(self.geometry(), range);
-        match self.mapping.overlay_extent(host, &spot.layer.file) {
-            Ok(()) => {
-                self.table_bytes += self.shown.set(range, &PageState::Data(spot.clone()));
-                Ok(())
-            }
-            Err(error) => Err(self.note(error)),
-        }
+        self.mapping.overlay_extent(host, &layer.file).map_err(|error| self.note(error))
     }
 
     /// Remembers an error after which content cannot be trusted.
@@ -183,8 +185,9 @@ impl State {
         if self.mapping.kernel_mappings_with(host) <= budget {
             let geometry = self.geometry();
             let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
-            match self.show(range, &Spot { layer, content: Content::Hole }) {
+            match self.show(range, &layer) {
                 Ok(()) => {
+                    self.table_bytes += self.shown.set(range, &PageState::Data(Version::ZEROED));
                     self.note_zeroed(range);
                     return Ok(());
                 }
@@ -221,13 +224,10 @@ impl State {
             None => all.clone(),
         };
         let origin = self.origin.clone();
-        for run in moved.runs() {
-            for (run, state) in origin.index().runs(run) {
-                if let PageState::Data(spot) = state {
-                    self.show(run, spot)?;
-                }
-            }
+        if dirty.is_none() && !self.can_lay(&moved) {
+            return self.reset_anew(&all);
         }
+        self.lay_over(&moved)?;
         let dropped = match tracked.as_ref().or(dirty) {
             Some(dirty) => {
                 self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?;
@@ -254,10 +254,52 @@ impl State {
     }
 }
 
+impl State {
+    /// Lays the origin's layers over pages, which lose whatever is private there.
+    fn lay_over(&mut self, pages: &PageSet) -> Result<(), SpaceError> {
+        let Some(map) = self.origin.map() else { return Ok(()) };
+        for (run, layer) in pages.runs().flat_map(|run| map.runs(run)) {
+            self.show(run, layer)?;
+            self.shows_origin(run);
+        }
+        Ok(())
+    }
+
+    /// What is not private and shows a version of the origin's reads as it, whichever layers show it.
+    fn validate_shown(&self) -> Result<(), String> {
+        let text = |error: SpaceError| error.to_string();
+        let (all, size) = (self.geometry().all(), self.geometry().page_size());
+        // Reading what no layer holds would make the kernel allocate it.
+        let held = self.origin.data_in(&PageSet::from(all)).map_err(text)?;
+        let other = self.shown.diff(self.origin.index()).union(&self.private_pages().map_err(text)?);
+        let (mut own, mut origin) = (vec![0; size.bytes().get() as usize], vec![0; size.bytes().get() as usize]);
+        for page in held.difference(&other).pages() {
+            self.mapping.read(size.start_of(page), &mut own).map_err(|error| error.to_string())?;
+            self.origin.read(size.start_of(page), &mut origin).map_err(text)?;
+            if own != origin {
+                return Err(format!("page {} shows something else than the origin", page.get()));
+            }
+        }
+        Ok(())
+    }
+
+    /// A reset by mapping everything anew, where what shows something else than the origin is in more pieces than there may be mappings.
+    fn reset_anew(&mut self, moved: &PageSet) -> Result<PageCount, SpaceError> {
+        let dropped = self.dirty()?.union(moved).count();
+        self.origin.settle()?;
+        self.lay_over(&PageSet::from(self.geometry().all()))?;
+        self.shown = self.origin.index().clone();
+        self.table_bytes = 0;
+        self.reset_done();
+        Ok(dropped)
+    }
+}
+
 impl Mapped {
     /// A space that was never cut: a shared mapping of a file of its own, filled from the root image.
     fn fresh(root: MappedImage) -> Result<Self, SpaceError> {
         let geometry = root.geometry();
+        root.tree().0.check_room_for_file()?;
         let file = Memfd::create("offshoot-ram", geometry.len())?;
         let size = geometry.page_size();
         let mut bytes = vec![0; size.bytes().get() as usize];
@@ -425,7 +467,7 @@ impl Backing for Mapped {
     }
 
     fn cut(&self) -> Result<MappedCut<'_>, SpaceError> {
-        MappedCut::begin(self.exclusive()?)
+        MappedCut::begin(self)
     }
 
     fn origin(&self) -> MappedImage {
@@ -467,11 +509,11 @@ impl Backing for Mapped {
                 let pages = pages.min(total.get());
                 (PageCount::new(pages), PageCount::new(total.get() - pages))
             }
-            View::Private => {
+            View::Private | View::Kept(_) => {
                 let private = state.private_pages()?;
                 let mut zero = PageCount::ZERO;
                 for (run, spot) in state.shown.runs(geometry.all()) {
-                    if matches!(spot, PageState::Data(Spot { content: Content::Hole, .. })) {
+                    if is_hole(spot) {
                         zero = zero.saturating_add(run.count().saturating_sub(private.count_in(run)));
                     }
                 }
@@ -488,6 +530,15 @@ impl Backing for Mapped {
         })
     }
 
+    /// The pages that the page tables have: by [`Vm::working_set`](crate::Vm::working_set).
+    fn working_set(&self) -> Result<WorkingSet, SpaceError> {
+        self.shared()?.working_set()
+    }
+
+    fn prefault(&self, prefault: &Prefault) -> Result<Prefaulted, SpaceError> {
+        self.shared()?.prefault(prefault)
+    }
+
     fn validate(&self) -> Result<(), String> {
         let state = self.exclusive().map_err(|error| error.to_string())?;
         state.origin.validate()?;
@@ -495,16 +546,7 @@ impl Backing for Mapped {
         if let View::Shared(_) = state.view {
             return if state.mapping.is_shared() { Ok(()) } else { Err("never cut, and mapped privately".into()) };
         }
-        // What the kernel shows, run by run, must be what the index says.
-        let shown = image::layer_runs(&state.shown, state.geometry().all());
-        let shown = shown.into_iter().map(|(run, layer)| (host_pages(state.geometry(), run), layer.file.id()));
-        let mapped = state.mapping.files();
-        for (run, file) in shown {
-            let agrees = mapped.iter().all(|(range, there)| range.intersect(run).is_empty() || *there == file);
-            if !agrees {
-                return Err(format!("{run:?} is mapped to another file than the index says"));
-            }
-        }
+        state.validate_shown()?;
         state.validate_tracker()
     }
 }

@@ -12,9 +12,11 @@
 //! | `shell.rs` | [`Shell`]: a machine made ahead of need, over a hole in the address space |
 //! | `shell_pool.rs` | [`ShellPool`]: shells in store, refilled in the background |
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
+//! | `dirty.rs` | the pages that a guest wrote, from KVM's log |
+//! | `prefault.rs` | [`prefault_second_level`]: page tables of the guest's, filled ahead |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
-//! | `vcpu.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
+//! | `vcpu.rs`, `core.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
 //! | `encode.rs`, `decode.rs` | the stable bytes |
 //! | `diff.rs` | where two states differ, by name |
 //! | `call.rs`, `error.rs` | names of calls, errors with advice |
@@ -34,7 +36,7 @@
 //!     .ram(SlotNumber::new(0), GuestAddress::new(0), ram, DirtyLog::Off)?
 //!     .devices(state.devices())?
 //!     .vcpus(state.vcpu_count())?;
-//! state.restore(&host, clone.vm(), clone.vcpus())?;
+//! clone.restore(&host, &state)?;
 //! let first_exit = clone.vcpus_mut()[0].run();
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -42,14 +44,17 @@
 mod build;
 mod call;
 mod chips;
+mod core;
 mod decode;
 mod diff;
+mod dirty;
 mod encode;
 mod error;
 mod exit;
 mod host;
 mod machine;
 mod msr;
+mod prefault;
 mod ram;
 mod shell;
 mod shell_pool;
@@ -66,6 +71,7 @@ pub use exit::finish_exit;
 pub use host::KvmHost;
 pub use machine::{MachinePlan, MachineState, Omission};
 pub use msr::{MsrIndex, MsrPlan};
+pub use prefault::{SecondLevel, prefault_second_level};
 pub use ram::{AnonymousRam, DirtyLog, HostMemory, RamSlot, SlotNumber};
 pub use shell::{Shell, ShellError, ShellShape};
 pub use shell_pool::{PoolLimits, PoolStats, ShellPool};
