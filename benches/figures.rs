@@ -18,6 +18,8 @@ mod figures {
     pub mod alloc;
     #[cfg(target_os = "linux")]
     pub mod bare;
+    #[cfg(target_os = "linux")]
+    pub mod checks;
     pub mod disk;
     pub mod heap;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -29,6 +31,10 @@ mod figures {
     pub mod sample;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
+    #[cfg(target_os = "linux")]
+    #[allow(dead_code, unused_imports, reason = "the tests that share it use more of it")]
+    #[path = "../../tests/soak/mod.rs"]
+    pub mod soak;
     pub mod spawn;
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -92,6 +98,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 

@@ -13,6 +13,7 @@ pub enum Unit {
     Microseconds,
     Milliseconds,
     Bytes,
+    Pages,
 }
 
 impl Unit {
@@ -22,12 +23,13 @@ impl Unit {
             Self::Microseconds => "µs",
             Self::Milliseconds => "ms",
             Self::Bytes => "bytes",
+            Self::Pages => "pages",
         }
     }
 
     fn of(self, base: f64) -> f64 {
         match self {
-            Self::Nanoseconds | Self::Bytes => base,
+            Self::Nanoseconds | Self::Bytes | Self::Pages => base,
             Self::Microseconds => base / 1e3,
             Self::Milliseconds => base / 1e6,
         }

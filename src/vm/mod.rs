@@ -13,6 +13,7 @@ mod point;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod relocate;
 mod reset;
+mod teardown;
 mod timings;
 
 pub use commit::CommitError;
@@ -25,7 +26,8 @@ pub use point::{ForkPoint, PointDiff, SpawnError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use relocate::Relocate;
 pub use reset::ResetError;
-pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings, Teardown};
+pub use teardown::{PutOff, Teardown};
+pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings};
 
 use std::fmt;
 use std::sync::Arc;

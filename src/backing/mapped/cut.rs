@@ -255,17 +255,19 @@ impl Cut for MappedCut<'_> {
         let deferred = match replace(&mut self.step, Step::Done) {
             Step::First { aside, layer } => {
                 state.shown = self.sealed.index().clone();
-                Deferred::costly((OldView::new(aside, Some(layer)), old))
+                Deferred::costly((OldView::new(aside, Some(layer)), old)).named("old view")
             }
             Step::Later => {
                 lay(state);
                 let lifted = state.cut_committed();
-                if lifted.is_some() { Deferred::costly((lifted, old)) } else { Deferred::cheap(old) }
+                let lifts = lifted.is_some();
+                let deferred = if lifts { Deferred::costly((lifted, old)) } else { Deferred::cheap(old) };
+                deferred.named(if lifts { "write protection" } else { "old image" })
             }
             Step::Live(layer) => {
                 state.live_cut_committed();
                 // Only calls wrote the file, so the last seal is due as soon as nobody waits for it.
-                Deferred::cheap((OldView::new((), Some(layer)), old))
+                Deferred::cheap((OldView::new((), Some(layer)), old)).named("last seal")
             }
             Step::Elsewhere(elsewhere) => elsewhere.commit(&mut self.state, &self.sealed, old),
             Step::Done => unreachable!("commit takes the cut"),

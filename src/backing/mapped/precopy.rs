@@ -41,8 +41,20 @@ const BATCH: usize = 256;
 /// What a page takes to copy before any was measured: with memory that the host must find and clear first.
 const COLD_COPY: Duration = Duration::from_micros(4);
 
+/// What a mapping takes to make.
+const MAPPING: Duration = Duration::from_nanos(1500);
+
 /// Rounds of fewer pages say nothing about the rate.
 const MEASURABLE: u64 = 32;
+
+/// Where the space goes on after the cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Onward {
+    /// Where it is: nothing is mapped anew.
+    Here,
+    /// At other addresses, where all layers are mapped inside the pause.
+    Elsewhere,
+}
 
 /// How a live fork begins.
 pub(crate) enum Begun<'a> {
@@ -83,8 +95,9 @@ pub(crate) struct Precopy<'a> {
     index: Index<Spot>,
     /// Pages that `index` names in the new layer.
     copied: PageSet,
-    /// Kernel mappings that a clone of `index` needs.
+    /// Kernel mappings that a clone of `index` needs, at most; 0 until it is known.
     mappings: u64,
+    onward: Onward,
     pace: Pace,
     attempt: Attempt,
 }
@@ -178,7 +191,7 @@ impl Mapped {
     ///
     /// # Errors
     /// What the system refuses, but for write protection itself, which is [`Begun::Unwatched`].
-    pub(crate) fn precopy(&self) -> Result<Begun<'_>, SpaceError> {
+    pub(crate) fn precopy(&self, onward: Onward) -> Result<Begun<'_>, SpaceError> {
         let state = self.shared()?;
         if matches!(state.view, View::Shared(_)) {
             return Ok(Begun::NothingToCopy);
@@ -211,6 +224,7 @@ impl Mapped {
             index: state.origin.index().clone(),
             copied: PageSet::new(),
             mappings: 0,
+            onward,
             pace: Pace::default(),
             attempt,
         }))
@@ -283,7 +297,9 @@ impl<'a> Precopy<'a> {
     fn gaps(&mut self, state: &State, written: &PageSet, meanwhile: Meanwhile) -> Result<PageSet, SpaceError> {
         let limit = state.origin.tree().limits().mappings_per_vm;
         let new = written.difference(&self.copied);
-        if new.is_empty() {
+        // Who maps all of them must know how many there are, even if they get no more.
+        let uncounted = self.onward == Onward::Elsewhere && self.mappings == 0;
+        if new.is_empty() && !(uncounted && meanwhile == Meanwhile::Running) {
             return Ok(PageSet::new());
         }
         // In the pause only if it must be: a run adds two mappings at most, and counting them all takes long.
@@ -371,7 +387,16 @@ impl<'a> Precopy<'a> {
 
     /// How long a last round would take for so many pages.
     pub(crate) fn estimate(&self, pages: PageCount) -> Duration {
-        self.pace.scan.saturating_add(self.pace.copying(pages))
+        self.pace.scan.saturating_add(self.still_to_do(pages))
+    }
+
+    /// What copying so many pages takes, and mapping them where the space goes on.
+    fn still_to_do(&self, pages: PageCount) -> Duration {
+        let mapping = match self.onward {
+            Onward::Here => Duration::ZERO,
+            Onward::Elsewhere => MAPPING.saturating_mul(u32::try_from(self.mappings).unwrap_or(u32::MAX)),
+        };
+        self.pace.copying(pages).saturating_add(mapping)
     }
 
     /// The last round and the cut. The guest must be paused.
@@ -382,7 +407,7 @@ impl<'a> Precopy<'a> {
         let start = Instant::now();
         let state = self.space.exclusive()?;
         let found = self.look_in(&state, Meanwhile::Paused)?;
-        let estimate = start.elapsed().saturating_add(self.pace.copying(found.count()));
+        let estimate = start.elapsed().saturating_add(self.still_to_do(found.count()));
         if let PauseBound::AtMost(limit) = bound
             && estimate > limit
         {

@@ -298,7 +298,7 @@ fn a_second_attempt_beside_the_first_is_refused() {
     let vm = vm(&Tree::default());
     store(&vm, 1, 1);
     check(&vm, &policy(), &mut |_, _| {
-        assert!(vm.ram().space().precopy().is_err());
+        assert!(vm.ram().space().precopy(Onward::Here).is_err());
         assert!(matches!(vm.fork_live(&mut rest(), &policy()), Err(ForkError::IllegalState(_))));
         // What is asked meanwhile is answered with what is protected counted in.
         assert!(vm.dirty().unwrap().ram.contains(PageIndex::new(1)));
