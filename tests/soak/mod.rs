@@ -57,7 +57,7 @@ pub fn one_round<S: Subject>(round: u64, wanted: u64) -> Found {
     vm.start().expect("it is off");
     let tally = Tally::default();
     // So many checks in one visit that even a short run makes a good number of forks.
-    let visit = (wanted / 64).clamp(SPACE_PAGES, 64 * SPACE_PAGES);
+    let visit = (wanted / 64).clamp(SPACE_PAGES, 16 * SPACE_PAGES);
     let vcpus = Vcpus::start(&vm, tag(0), first);
     let mut teardowns = Vec::new();
     let mut generation = 0;
