@@ -9,7 +9,9 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use crate::admission::{Admission, AdmissionError, Gate, HostView, Needs};
 use crate::page::{ByteSize, PageCount};
+use crate::sys::headroom::ThisHost;
 
 /// Limits on one fork tree. Reaching one is an error that names it; nothing is changed by the call that failed.
 ///
@@ -29,16 +31,22 @@ pub struct Limits {
     pub depth: u32,
     /// Bytes of device state that one fork point may carry. State kept as an object is the embedder's own memory, and is not limited.
     pub device_state: ByteSize,
+    /// VMs alive at once, clones and parents.
+    pub vms: u64,
+    /// What must stay free in this process and on this host.
+    pub admission: Admission,
 }
 
 impl Default for Limits {
-    /// No bound on heap pages or depth, 8,192 mappings a VM, 256 MiB of device state.
+    /// No bound on heap pages, depth or VMs, 8,192 mappings a VM, 256 MiB of device state, and admission as it is by default.
     fn default() -> Self {
         Self {
             heap_pages: PageCount::new(u64::MAX),
             mappings_per_vm: 8192,
             depth: u32::MAX,
             device_state: ByteSize::mib(256),
+            vms: u64::MAX,
+            admission: Admission::default(),
         }
     }
 }
@@ -74,12 +82,19 @@ pub struct TreeUsage {
     pub memory_files: u64,
     /// Pages alive on the heap, private and shared together.
     pub heap_pages: PageCount,
+    /// Kernel mappings that clones alive were spawned with, those counted for the embedder included.
+    pub clone_mappings: u64,
+    /// Descriptors of sealed memory files, and those counted for the embedder of clones alive.
+    pub descriptors: u64,
+    /// What clones alive are expected to write in all: [`Admission::private_per_clone`] each.
+    pub expected: ByteSize,
 }
 
 /// The counters of one fork tree.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     limits: Limits,
+    gate: Arc<Gate>,
     vms: AtomicU64,
     fork_points: AtomicU64,
     images: AtomicU64,
@@ -111,10 +126,26 @@ pub(crate) struct Charge {
     item: Item,
 }
 
+/// A VM that was let in, and what it takes; gives itself back on drop.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    ledger: Arc<Ledger>,
+    needs: Needs,
+}
+
+/// What a memory file takes.
+const FILE: Needs = Needs { memory: ByteSize::ZERO, mappings: 0, descriptors: 1 };
+
 impl Ledger {
     pub(crate) fn new(limits: Limits) -> Arc<Self> {
+        Self::on(limits, Arc::new(ThisHost::default()))
+    }
+
+    /// The counters of a tree on a host that is looked at in this way.
+    pub(crate) fn on(limits: Limits, host: Arc<dyn HostView>) -> Arc<Self> {
         Arc::new(Self {
             limits,
+            gate: Gate::new(limits.admission, host),
             vms: AtomicU64::new(0),
             fork_points: AtomicU64::new(0),
             images: AtomicU64::new(0),
@@ -140,15 +171,48 @@ impl Ledger {
 
     pub(crate) fn charge(self: &Arc<Self>, item: Item) -> Charge {
         self.counter(item).fetch_add(1, Ordering::Relaxed);
+        if item == Item::MemoryFile {
+            self.gate.count(FILE);
+        }
         Charge { ledger: self.clone(), item }
     }
 
     /// Charges a heap page, or `None` at the limit.
     pub(crate) fn charge_heap_page(self: &Arc<Self>) -> Option<Charge> {
-        // In one step: of two threads at the last free page one gets it, never both and never neither.
-        let take = |held: u64| (held < self.limits.heap_pages.get()).then_some(held + 1);
-        self.heap_pages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        take_one(&self.heap_pages, self.limits.heap_pages.get()).ok()?;
         Some(Charge { ledger: self.clone(), item: Item::HeapPage })
+    }
+
+    /// Lets a VM in that takes `needs`.
+    ///
+    /// # Errors
+    /// [`AdmissionError`], with nothing counted.
+    pub(crate) fn admit_vm(self: &Arc<Self>, needs: Needs) -> Result<Seat, AdmissionError> {
+        let limit = self.limits.vms;
+        take_one(&self.vms, limit).map_err(|held| AdmissionError::Vms { held, limit })?;
+        if let Err(refused) = self.gate.take(needs) {
+            self.vms.fetch_sub(1, Ordering::Relaxed);
+            return Err(refused);
+        }
+        Ok(Seat { ledger: self.clone(), needs })
+    }
+
+    /// What a clone takes whose spaces are made of `mappings` kernel mappings and that is made ready to write `ready`.
+    pub(crate) fn needs_of_clone(&self, mappings: u64, ready: ByteSize) -> Needs {
+        let rules = self.gate.rules();
+        Needs {
+            memory: rules.private_per_clone.max(ready),
+            mappings: mappings.saturating_add(rules.mappings_per_clone),
+            descriptors: rules.descriptors_per_clone,
+        }
+    }
+
+    /// Whether there is room for one more memory file.
+    ///
+    /// # Errors
+    /// [`AdmissionError`].
+    pub(crate) fn check_room_for_file(&self) -> Result<(), AdmissionError> {
+        self.gate.check(FILE)
     }
 
     /// Remembers a memory file for [`Ledger::file_bytes`]; forgets those that are gone.
@@ -170,18 +234,39 @@ impl Ledger {
 
     pub(crate) fn usage(&self) -> TreeUsage {
         let read = |item| self.counter(item).load(Ordering::Relaxed);
+        let counted = self.gate.counted();
         TreeUsage {
             vms: read(Item::Vm),
             fork_points: read(Item::ForkPoint),
             images: read(Item::Image),
             memory_files: read(Item::MemoryFile),
             heap_pages: PageCount::new(read(Item::HeapPage)),
+            clone_mappings: counted.mappings,
+            descriptors: counted.descriptors,
+            expected: counted.memory,
         }
+    }
+}
+
+/// Counts one more unless there are `limit`; the error says how many there are. In one step: of two threads at the last one, one gets it,
+/// never both and never neither.
+fn take_one(counter: &AtomicU64, limit: u64) -> Result<u64, u64> {
+    let take = |held: u64| (held < limit).then_some(held + 1);
+    counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.ledger.gate.give_back(self.needs);
+        self.ledger.counter(Item::Vm).fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
+        if self.item == Item::MemoryFile {
+            self.ledger.gate.give_back(FILE);
+        }
         self.ledger.counter(self.item).fetch_sub(1, Ordering::Relaxed);
     }
 }

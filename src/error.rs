@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::admission::AdmissionError;
 use crate::page::{ByteSize, GeometryError, PageCount, PageSize};
 
 /// What can go wrong with a space (a VM's RAM, or one disk) and its pages. The space is as it was before the call.
@@ -12,6 +13,9 @@ pub enum SpaceError {
     /// A range or a size that cannot be.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// There is no room in this process or on this host for one more memory file.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// The limit on heap pages of this fork tree.
     #[error("the limit of {limit} on the heap is reached: drop clones or fork points, or raise Limits::heap_pages")]
     HeapLimit {

@@ -73,6 +73,7 @@
 //! has the conformance suite for backings of your own.
 
 mod account;
+mod admission;
 pub mod backing;
 pub mod disk;
 mod error;
@@ -89,6 +90,7 @@ pub mod testing;
 mod vm;
 
 pub use account::{Limits, TreeUsage, Usage};
+pub use admission::{Admission, AdmissionError, HostCheck, MemoryLimit};
 pub use backing::Tree;
 pub use error::{ImageError, SpaceError, SystemError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]

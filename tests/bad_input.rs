@@ -19,7 +19,8 @@ use offshoot::page::{
 use offshoot::ram::{LayoutError, RamError, RamLayout, RamRegion};
 use offshoot::testing::{Dice, conformance};
 use offshoot::{
-    BuildError, CloneSpec, DiskName, ForkError, ImageError, Limits, SpaceError, Tree, Vm, VmName, VmStatus,
+    Admission, BuildError, CloneSpec, DiskName, ForkError, HostCheck, ImageError, Limits, SpaceError, Tree, Vm, VmName,
+    VmStatus,
 };
 
 on_every_backing! {
@@ -363,10 +364,15 @@ mod used_up {
         in_a_child("used_up::child_without_descriptors", "-n 30");
     }
 
+    /// Limits that leave it to the kernel to refuse.
+    fn unchecked() -> Limits {
+        Limits { admission: Admission { host: HostCheck::Off, ..Admission::default() }, ..Limits::default() }
+    }
+
     #[test]
     #[ignore = "run by `descriptors`, in a child process"]
     fn child_without_descriptors() {
-        let (tree, vm, mut guest) = running::<Mapped>(Limits::default());
+        let (tree, vm, mut guest) = running::<Mapped>(unchecked());
         put(&vm, 3, 33);
         let point = vm.fork(&mut guest).expect("there is room for one");
         let clone = point.spawn(CloneSpec::default()).expect("a clone takes no descriptor");
@@ -460,7 +466,7 @@ mod used_up {
             offshoot_skip("vm.max_map_count is so large here that filling it takes too long");
             return;
         }
-        let (tree, vm, mut guest) = running::<Mapped>(Limits::default());
+        let (tree, vm, mut guest) = running::<Mapped>(unchecked());
         (0..RAM_PAGES).for_each(|page| put(&vm, page, 7));
         let point = vm.fork(&mut guest).expect("there is room");
         point.teardown().wait();

@@ -44,6 +44,12 @@ impl Tree {
         Self(Ledger::new(limits))
     }
 
+    /// A tree on a host that is looked at in this way.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn on(limits: Limits, host: Arc<dyn crate::admission::HostView>) -> Self {
+        Self(Ledger::on(limits, host))
+    }
+
     /// The limits it was made with.
     pub fn limits(&self) -> &Limits {
         self.0.limits()
@@ -233,6 +239,11 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     /// # Errors
     /// [`SpaceError::MappingLimit`], or what the system refuses.
     fn spawn(&self) -> Result<Self::Live, SpaceError>;
+
+    /// Kernel mappings that a live space begins with, for admission to count. None, unless the kernel shares the pages.
+    fn clone_mappings(&self) -> u64 {
+        0
+    }
 
     /// The pages in which the two images may differ: those that either side's ancestors wrote since they parted. Costs by what
     /// changed. Exact up to pages that were written back to what they were, and up to clean pages which a backing

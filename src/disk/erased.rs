@@ -35,6 +35,7 @@ pub(crate) trait AnyCut {
 /// [`Sealed`] without its type.
 pub(crate) trait AnySealed: Any + Send + Sync + fmt::Debug {
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError>;
+    fn clone_mappings(&self) -> u64;
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError>;
     fn flatten(&self) -> Result<Arc<dyn AnySealed>, SpaceError>;
     fn merge_onto(&self, ancestor: &dyn AnySealed) -> Result<Arc<dyn AnySealed>, SpaceError>;
@@ -107,6 +108,10 @@ fn typed<S: Sealed>(other: &dyn AnySealed) -> Result<&S, SpaceError> {
 impl<S: Sealed> AnySealed for S {
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError> {
         Ok(Box::new(Sealed::spawn(self)?))
+    }
+
+    fn clone_mappings(&self) -> u64 {
+        Sealed::clone_mappings(self)
     }
 
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError> {

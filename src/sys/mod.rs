@@ -6,10 +6,11 @@
 //! overlays, fork points or VMs.
 //!
 //! The mapped backing exists on 64-bit Linux (x86-64 and AArch64) with 4 KiB host pages. Elsewhere only
-//! [`entropy`], [`image_map`] and [`volatile`] are compiled.
+//! [`entropy`], [`headroom`] (which knows nothing there), [`image_map`] and [`volatile`] are compiled.
 
 pub(crate) mod entropy;
 pub(crate) mod fault;
+pub(crate) mod headroom;
 pub(crate) mod image_map;
 pub(crate) mod volatile;
 
@@ -19,8 +20,6 @@ pub(crate) mod access;
 pub(crate) mod error;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod freeze;
-#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
-pub(crate) mod headroom;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub(crate) mod hollow;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]

@@ -1,5 +1,5 @@
 //! For tests, yours as well as ours (feature `testing`): a model that is too simple to be wrong, a conformance suite for backings
-//! and base images, and failures on demand.
+//! and base images, failures on demand, and a host that is as full as a test says.
 //!
 //! Whoever writes a [`Backing`](crate::backing::Backing) of their own runs the suite against it; it panics at the first rule that
 //! is broken, and says which.
@@ -21,9 +21,11 @@ mod dice;
 #[cfg(unix)]
 pub mod faults;
 mod guest;
+mod host;
 mod model;
 mod pair;
 
 pub use dice::Dice;
 pub use guest::{Scripted, ScriptedGuest, Trouble};
+pub use host::FakeHost;
 pub use model::{ByteSource, Flat};

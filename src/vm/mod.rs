@@ -35,7 +35,8 @@ use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 
-use crate::account::{Charge, Item, Usage};
+use crate::account::{Seat, Usage};
+use crate::admission::{AdmissionError, Needs};
 use crate::backing::{Backing, Tree};
 use crate::disk::Disk;
 use crate::error::SpaceError;
@@ -105,6 +106,9 @@ pub enum BuildError {
         /// The limit.
         limit: u64,
     },
+    /// There is no room for one more.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// RAM or a disk could not be made.
     #[error(transparent)]
     Space(#[from] SpaceError),
@@ -124,7 +128,8 @@ pub struct Vm<B: Backing> {
     life: Mutex<Life<B>>,
     /// Clones named after this VM, over all its fork points: no two of them get one name.
     clones: Arc<AtomicU64>,
-    _charge: Charge,
+    /// Last: what it counts is gone by then.
+    _seat: Seat,
 }
 
 struct Life<B: Backing> {
@@ -151,29 +156,22 @@ impl<B: Backing> Vm<B> {
                 return Err(BuildError::DuplicateDisk(name.clone()));
             }
         }
+        let seat = tree.0.admit_vm(Needs::default())?;
         let identity = Identity::fresh(name)?;
         let ram = Ram::create(tree, layout)?;
         let disks = disks.into_iter().map(|(name, disk)| (name, Arc::new(disk))).collect();
-        Ok(Self::assemble(tree.clone(), identity, ram, disks, Life { status: VmStatus::Off, origin: None }))
+        Ok(Self::assemble(tree.clone(), seat, identity, ram, disks, Life { status: VmStatus::Off, origin: None }))
     }
 
     fn assemble(
         tree: Tree,
+        seat: Seat,
         identity: Identity,
         ram: Ram<B>,
         disks: Box<[(DiskName, Arc<Disk>)]>,
         life: Life<B>,
     ) -> Self {
-        let charge = tree.0.charge(Item::Vm);
-        Self {
-            tree,
-            identity,
-            ram: Arc::new(ram),
-            disks,
-            life: Mutex::new(life),
-            clones: Arc::default(),
-            _charge: charge,
-        }
+        Self { tree, identity, ram: Arc::new(ram), disks, life: Mutex::new(life), clones: Arc::default(), _seat: seat }
     }
 
     /// The fork tree it belongs to.

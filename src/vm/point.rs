@@ -13,16 +13,20 @@ use super::{
     BoxError, CloneSpec, DeviceState, DiskName, ForkTimings, IdentityError, Life, Teardown, Vm, VmName, VmStatus,
 };
 use crate::account::{Charge, Item};
+use crate::admission::AdmissionError;
 use crate::backing::{Backing, Sealed, Tree};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
-use crate::page::PageSet;
+use crate::page::{ByteSize, PageSet};
 use crate::ram::{Ram, RamLayout};
 
 /// Why there is no clone. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpawnError {
+    /// There is no room for one more clone: nothing was begun.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// RAM or a disk could not be made.
     #[error("the clone's memory could not be made: {0}")]
     Space(#[from] SpaceError),
@@ -83,7 +87,7 @@ impl<B: Backing> ForkPoint<B> {
     /// size and of siblings; on the mapped backing, one kernel mapping for each extent of layers.
     ///
     /// # Errors
-    /// [`SpawnError::Space`].
+    /// [`SpawnError::Refused`], [`SpawnError::Space`].
     pub fn spawn(&self, spec: CloneSpec) -> Result<Vm<B>, SpawnError> {
         self.spawn_with(spec, |_| Ok(()))
     }
@@ -92,7 +96,7 @@ impl<B: Backing> ForkPoint<B> {
     /// whatever must be done before anybody can run it.
     ///
     /// # Errors
-    /// [`SpawnError::Space`]; [`SpawnError::Customize`] where `customize` fails. There is no clone then.
+    /// As [`ForkPoint::spawn`]; [`SpawnError::Customize`] where `customize` fails. There is no clone then.
     ///
     /// ```
     /// # use offshoot::{*, backing::Heap, page::*, ram::*};
@@ -129,6 +133,10 @@ impl<B: Backing> ForkPoint<B> {
     ) -> Result<Vm<B>, SpawnError> {
         let _span = debug_span!("spawn", parent = %self.0.parts.parent).entered();
         let parts = &self.0.parts;
+        let mappings = parts.disks.iter().map(|(_, image)| image.image().clone_mappings()).sum::<u64>();
+        let mappings = mappings.saturating_add(parts.ram.clone_mappings());
+        let ledger = &self.0.tree.0;
+        let seat = ledger.admit_vm(ledger.needs_of_clone(mappings, ByteSize::ZERO))?;
         let ram = Ram::over(parts.layout.clone(), ram(&parts.ram)?);
         let disks = parts.disks.iter().map(|(name, image)| Ok((name.clone(), Arc::new(image.spawn()?))));
         let disks = disks.collect::<Result<_, SpaceError>>()?;
@@ -137,7 +145,7 @@ impl<B: Backing> ForkPoint<B> {
             parts.parent.of_clone(parts.clones.fetch_add(1, Ordering::Relaxed) + 1)
         })?;
         let life = Life { status: VmStatus::Busy, origin: Some(self.clone()) };
-        let clone = Vm::assemble(self.0.tree.clone(), identity, ram, disks, life);
+        let clone = Vm::assemble(self.0.tree.clone(), seat, identity, ram, disks, life);
         customize(&clone).map_err(SpawnError::Customize)?;
         clone.life.lock().status = VmStatus::Paused;
         Ok(clone)

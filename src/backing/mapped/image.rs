@@ -250,6 +250,11 @@ impl Sealed for MappedImage {
         if self.is_root() { Mapped::fresh(self.clone()) } else { Mapped::over(self.clone()) }
     }
 
+    fn clone_mappings(&self) -> u64 {
+        // A root image is mapped with room to move it aside.
+        if self.is_root() { 2 } else { self.plan().mappings }
+    }
+
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))

@@ -148,6 +148,7 @@ pub(super) struct LayerBuilder<'a> {
 
 impl<'a> LayerBuilder<'a> {
     pub(super) fn new(tree: &'a Tree, geometry: Geometry) -> Result<Self, SpaceError> {
+        tree.0.check_room_for_file()?;
         let file = Memfd::create("offshoot-layer", geometry.len())?;
         Ok(Self { tree, geometry, file, data: PageSet::new(), holes: PageSet::new() })
     }

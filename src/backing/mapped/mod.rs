@@ -259,6 +259,7 @@ impl Mapped {
     /// A space that was never cut: a shared mapping of a file of its own, filled from the root image.
     fn fresh(root: MappedImage) -> Result<Self, SpaceError> {
         let geometry = root.geometry();
+        root.tree().0.check_room_for_file()?;
         let file = Memfd::create("offshoot-ram", geometry.len())?;
         let size = geometry.page_size();
         let mut bytes = vec![0; size.bytes().get() as usize];

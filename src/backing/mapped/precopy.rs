@@ -198,6 +198,7 @@ impl Mapped {
         }
         // Refused now rather than after all the work.
         state.origin.check_depth()?;
+        state.origin.tree().0.check_room_for_file()?;
         let before = match state.watch() {
             Ok(before) => before,
             Err(UffdError::Sys(error)) => return Err(error.into()),

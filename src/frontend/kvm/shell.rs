@@ -22,6 +22,7 @@ use super::ram::{RamSlot, SlotNumber};
 use super::shell_pool::Ticket;
 use super::vcpu::{Target, VcpuIndex, VcpuPlan};
 use crate::SpawnError;
+use crate::admission::AdmissionError;
 use crate::backing::{AddressHole, PlacedRam};
 use crate::error::SpaceError;
 use crate::ram::RamLayout;
@@ -118,36 +119,9 @@ pub enum ShellError {
         /// The limit.
         limit: u32,
     },
-    /// Descriptors would become short.
-    #[error(
-        "a shell needs {needed} descriptors and {spare} are to stay free, but {held} of {limit} are in use: drop machines, raise \
-         RLIMIT_NOFILE, or lower PoolLimits::spare_descriptors"
-    )]
-    Descriptors {
-        /// What one shell takes.
-        needed: u64,
-        /// What is to stay free.
-        spare: u64,
-        /// What this process has open.
-        held: u64,
-        /// RLIMIT_NOFILE.
-        limit: u64,
-    },
-    /// Memory mappings would become short.
-    #[error(
-        "a shell needs {needed} memory mappings and {spare} are to stay free, but {held} of {limit} are in use: drop machines, \
-         raise vm.max_map_count, or lower PoolLimits::spare_mappings"
-    )]
-    Mappings {
-        /// What one shell takes.
-        needed: u64,
-        /// What is to stay free.
-        spare: u64,
-        /// What this process has.
-        held: u64,
-        /// vm.max_map_count.
-        limit: u64,
-    },
+    /// There is no room in this process or on this host for one more.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
     /// The thread that refills could not be started.
     #[error("the pool's thread could not be started: {0}")]
     Thread(#[source] std::io::Error),

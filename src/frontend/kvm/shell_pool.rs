@@ -3,8 +3,8 @@
 //! The thread belongs to the pool and ends with it. One lock guards the shelf; it is held to take a shell off or put one on,
 //! never while one is built. Building competes with a fork that is under way for processors and for the lock on the address space
 //! (0.1 ms of a fork became 1 to 2), so the thread waits until half of the shelf is empty and nobody has taken a shell for a moment; an
-//! empty shelf is filled at once. Admission is checked where a shell is built, which nobody waits for: a process short of
-//! descriptors or mappings gets an error that names the limit, and not a fork that fails half-way. Must not know what shells are
+//! empty shelf is filled at once. Admission is checked where a shell is built: a process short of
+//! descriptors, mappings or memory gets an error that names the limit, and not a fork that fails half-way. Must not know what shells are
 //! used for, but for [`ShellPool::spawn`], which is what they are mostly used for.
 
 use std::collections::VecDeque;
@@ -20,9 +20,11 @@ use parking_lot::{Condvar, Mutex};
 use super::build::KvmMachine;
 use super::machine::MachineState;
 use super::shell::{Shell, ShellError, ShellShape};
+use crate::admission::{Admission, Gate, Needs, Pass};
 use crate::backing::{AddressHole, Mapped};
 use crate::error::SpaceError;
-use crate::sys::headroom;
+use crate::page::ByteSize;
+use crate::sys::headroom::ThisHost;
 use crate::{BoxError, CloneSpec, ForkPoint, SpawnError, Vm};
 
 /// What a pool may hold.
@@ -38,12 +40,16 @@ pub struct PoolLimits {
     pub spare_descriptors: u64,
     /// Memory mappings that a new shell must leave free in this process.
     pub spare_mappings: u64,
+    /// Memory that a new shell must leave available, on this host and in this process's cgroup.
+    pub spare_memory: ByteSize,
 }
 
 impl Default for PoolLimits {
-    /// 8 ready, 2 ms of quiet, 64 alive, 64 descriptors and 1,024 mappings left free.
+    /// 8 ready, 2 ms of quiet, 64 alive; left free is what [`Admission`] leaves: 64 descriptors, 1,024 mappings and 128 MiB.
     fn default() -> Self {
-        Self { ready: 8, quiet: Duration::from_millis(2), alive: 64, spare_descriptors: 64, spare_mappings: 1024 }
+        let Admission { spare_descriptors, spare_mappings, spare_memory, .. } = Admission::default();
+        let quiet = Duration::from_millis(2);
+        Self { ready: 8, quiet, alive: 64, spare_descriptors, spare_mappings, spare_memory }
     }
 }
 
@@ -94,6 +100,7 @@ pub struct ShellPool {
 struct Shared {
     shape: ShellShape,
     limits: PoolLimits,
+    gate: Arc<Gate>,
     shelf: Mutex<Shelf>,
     /// The thread waits here for something to do.
     work: Condvar,
@@ -136,12 +143,14 @@ fn count(counter: &AtomicU64) {
 pub(super) struct Ticket {
     counters: Arc<Counters>,
     hole: Option<AddressHole>,
+    /// What the shell takes.
+    pass: Option<Pass>,
     entered: bool,
 }
 
 impl Ticket {
     fn issue(counters: &Arc<Counters>, limit: u32) -> Result<Self, ShellError> {
-        let ticket = Self { counters: Arc::clone(counters), hole: None, entered: false };
+        let ticket = Self { counters: Arc::clone(counters), hole: None, pass: None, entered: false };
         // Counted first and given back by the drop, so that two threads at the limit cannot both pass it.
         if counters.alive.fetch_add(1, Ordering::Relaxed) < u64::from(limit) {
             return Ok(ticket);
@@ -151,6 +160,10 @@ impl Ticket {
 
     pub(super) fn entered(mut self) {
         self.entered = true;
+        // The machine has it now, and nobody says when that goes.
+        if let Some(pass) = self.pass.take() {
+            pass.hand_over();
+        }
     }
 }
 
@@ -176,14 +189,9 @@ impl Shared {
 
     fn try_build(&self) -> Result<Shell, ShellError> {
         let mut ticket = Ticket::issue(&self.counters, self.limits.alive)?;
-        let (needed, spare) = (self.shape.descriptors(), self.limits.spare_descriptors);
-        if let Some(room) = headroom::descriptors().filter(|room| !room.allows(needed, spare)) {
-            return Err(ShellError::Descriptors { needed, spare, held: room.held, limit: room.limit });
-        }
-        let (needed, spare) = (self.shape.mappings(), self.limits.spare_mappings);
-        if let Some(room) = headroom::mappings().filter(|room| !room.allows(needed, spare)) {
-            return Err(ShellError::Mappings { needed, spare, held: room.held, limit: room.limit });
-        }
+        let needs =
+            Needs { memory: ByteSize::ZERO, mappings: self.shape.mappings(), descriptors: self.shape.descriptors() };
+        ticket.pass = Some(self.gate.pass(needs)?);
         let shell = Shell::build(&self.shape)?;
         ticket.hole = Some(shell.hole().clone());
         Ok(shell.with_ticket(ticket))
@@ -239,7 +247,10 @@ impl ShellPool {
     pub fn new(shape: ShellShape, limits: PoolLimits) -> Result<Self, ShellError> {
         let shelf = Mutex::new(Shelf { target: limits.ready.min(limits.alive), ..Shelf::default() });
         let (work, filled, counters) = (Condvar::new(), Condvar::new(), Arc::default());
-        let shared = Arc::new(Shared { shape, limits, shelf, work, filled, counters });
+        let PoolLimits { spare_descriptors, spare_mappings, spare_memory, .. } = limits;
+        let rules = Admission { spare_descriptors, spare_mappings, spare_memory, ..Admission::default() };
+        let gate = Gate::new(rules, Arc::new(ThisHost::default()));
+        let shared = Arc::new(Shared { shape, limits, gate, shelf, work, filled, counters });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("offshoot-shells".into()).spawn(move || theirs.refill());
         Ok(Self { shared, thread: Some(thread.map_err(ShellError::Thread)?) })
@@ -267,7 +278,7 @@ impl ShellPool {
     /// A shell off the shelf, or one built now, on the caller's time.
     ///
     /// # Errors
-    /// [`ShellError::ShellLimit`], [`ShellError::Descriptors`], [`ShellError::Mappings`], or what building one met.
+    /// [`ShellError::ShellLimit`], [`ShellError::Refused`], or what building one met.
     pub fn take(&self) -> Result<Shell, ShellError> {
         if let Some(shell) = self.try_take() {
             return Ok(shell);
