@@ -8,7 +8,7 @@ mod fork;
 mod guest;
 mod identity;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
-mod live;
+pub(crate) mod live;
 mod point;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod relocate;
