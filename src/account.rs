@@ -24,9 +24,17 @@ use crate::sys::headroom::ThisHost;
 pub struct Limits {
     /// Pages that the heap backing may hold, all relatives together.
     pub heap_pages: PageCount,
-    /// Kernel mappings that one VM's RAM may be made of. A fork of a diverged VM whose dirty pages are so scattered that they would
-    /// need more is refused or coalesced; the process as a whole may have `vm.max_map_count`.
+    /// Kernel mappings that one VM's RAM may be made of; the process as a whole may have `vm.max_map_count`. An image in more pieces is
+    /// gathered in the background, and a spawn that comes before waits for it. A fork is refused where not even one piece of all that was
+    /// ever written would do.
     pub mappings_per_vm: u64,
+    /// Sealed layers, each a descriptor, that one image of mapped RAM may lie on. Refused at the fork.
+    pub layers_per_image: u32,
+    /// Layers of an image over which the smaller half of them is merged in the background, while VMs run.
+    pub merge_over_layers: u32,
+    /// Kernel mappings of an image over which its smallest pieces are gathered in the background, gaps between them included. Each
+    /// costs a spawn about 1.6 µs; gathering copies pages, the more the fewer pieces are to be left.
+    pub merge_over_mappings: u64,
     /// Forks between a VM and its first ancestor. Refused at the fork, never at a read.
     pub depth: u32,
     /// Bytes of device state that one fork point may carry. State kept as an object is the embedder's own memory, and is not limited.
@@ -38,11 +46,15 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// No bound on heap pages, depth or VMs, 8,192 mappings a VM, 256 MiB of device state, and admission as it is by default.
+    /// No bound on heap pages, depth or VMs, 8,192 mappings a VM, 256 layers an image; merging over 32 layers or 4,096 mappings; 256 MiB
+    /// of device state, and admission as it is by default.
     fn default() -> Self {
         Self {
             heap_pages: PageCount::new(u64::MAX),
             mappings_per_vm: 8192,
+            layers_per_image: 256,
+            merge_over_layers: 32,
+            merge_over_mappings: 4096,
             depth: u32::MAX,
             device_state: ByteSize::mib(256),
             vms: u64::MAX,

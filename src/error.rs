@@ -34,6 +34,17 @@ pub enum SpaceError {
         /// Its name.
         name: &'static str,
     },
+    /// The limit on layers of an image.
+    #[error(
+        "an image of {layers} layers, {limit} allowed: wait for the merges that earlier forks put off (ForkPoint::teardown), merge or \
+         flatten a fork point, or raise Limits::layers_per_image"
+    )]
+    LayerLimit {
+        /// How many the new image would have.
+        layers: u32,
+        /// The limit.
+        limit: u32,
+    },
     /// Too many forks between a VM and its first ancestor.
     #[error("fork depth {depth} is at the limit of {limit}: flatten the fork point, or raise Limits::depth")]
     DepthLimit {

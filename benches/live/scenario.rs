@@ -112,7 +112,7 @@ fn percentile(sorted: &[Duration], p: usize) -> Duration {
 type Fork = fn(&Vm<Mapped>, &mut Writer) -> ForkPoint<Mapped>;
 
 fn measure(name: &str, fork: Fork, spread: Option<Spread>, rate: u64, runs: u64) {
-    let limits = Limits { mappings_per_vm: 40_000, ..Limits::default() };
+    let limits = Limits { mappings_per_vm: 40_000, merge_over_mappings: 40_000, ..Limits::default() };
     let layout = RamLayout::flat(RAM, PageSize::KIB_4).unwrap();
     let vm: Vm<Mapped> = Vm::new(&Tree::new(limits), VmName::new("bench").unwrap(), layout, vec![]).unwrap();
     let pages = RAM.get() / PAGE;

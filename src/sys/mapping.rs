@@ -29,7 +29,7 @@ use super::error::checked_errno;
 use super::fault::Call;
 use super::memfd::{FileId, Memfd, SealedMemfd};
 use super::reservation::{Hole, Reservation};
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageRange, PageSize};
 
 /// The unit of every range in this folder: the kernel breaks sharing page by page at this size.
 pub(crate) const PAGE: PageSize = PageSize::KIB_4;
@@ -355,19 +355,6 @@ impl Mapping {
         };
         let rest = end < self.geometry.pages().get() && !self.extents.contains_key(&end);
         self.kernel_mappings() - covered + 1 + u64::from(rest)
-    }
-
-    /// Which file each run of pages shows, in ascending order, where private pages do not hide it.
-    pub(crate) fn files(&self) -> Vec<(PageRange, FileId)> {
-        let (View::Shared(base) | View::Private(base)) = self.view;
-        let mut starts: Vec<_> = self.extents.iter().map(|(&from, &file)| (from, file)).collect();
-        if starts.is_empty() {
-            starts.push((0, base));
-        }
-        let ends = starts.iter().skip(1).map(|&(from, _)| from).chain([self.geometry.pages().get()]);
-        let runs = starts.iter().zip(ends);
-        runs.map(|(&(from, file), to)| (PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to)), file))
-            .collect()
     }
 
     /// A range of pages as offset and length in bytes, checked.

@@ -1,20 +1,22 @@
-//! An immutable image of mapped RAM: an index of layers, and the plan by which a clone maps them.
+//! An immutable image of mapped RAM: an index that says which bytes each page holds, and the layers that they lie on now.
 //!
-//! A *root* image, before the first cut, names no layer and reads as its base. Any other names a layer for every page. Nothing here
-//! writes a page.
+//! A *root* image, before the first cut, has no layer and reads as its base. Any other has a layer for every page. Nothing here
+//! writes a page; a merge in the background may move all of them to other layers.
 
 use std::fmt;
 use std::sync::Arc;
 
 use super::Mapped;
-use super::layer::{Content, Family, Layer, LayerBuilder, Spot, host_pages, space_pages};
+use super::layer::{Content, Family, Layer, LayerBuilder, Version, host_pages, space_pages};
+use super::layer_map::LayerMap;
+use super::merge::{self, Due, Laid};
 use crate::account::{Charge, Item};
 use crate::backing::{Sealed, Tree};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet};
-use crate::sync::OnceLock;
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSet};
+use crate::sys::error::SysError;
 use crate::sys::mapping::{Mapping, Placement};
 
 /// An immutable image of mapped RAM.
@@ -25,21 +27,18 @@ struct Inner {
     tree: Tree,
     geometry: Geometry,
     family: Arc<Family>,
-    index: Index<Spot>,
+    index: Index<Version>,
+    /// `None`: a root image.
+    laid: Option<Arc<Laid>>,
     base: Option<Arc<dyn Source>>,
     lineage: Arc<Lineage>,
-    plan: OnceLock<Plan>,
     _charge: Charge,
 }
 
-/// How a clone maps an image: the layer that holds most pages over everything, the others laid over it.
-struct Plan {
-    base: Arc<Layer>,
-    /// In pages of the kernel's.
-    extents: Vec<(PageRange, Arc<Layer>)>,
-    /// Kernel mappings that a clone is made of.
-    mappings: u64,
-    layers: u32,
+/// What the image of a cut is made of.
+pub(super) struct Parts {
+    pub(super) index: Index<Version>,
+    pub(super) map: LayerMap,
 }
 
 impl MappedImage {
@@ -51,20 +50,15 @@ impl MappedImage {
             }
         }
         let index = Index::uniform(geometry.pages(), &PageState::Absent);
-        Ok(Self::build(tree, geometry, Arc::default(), index, base, Lineage::root()))
+        let (_charge, tree, family) = (tree.0.charge(Item::Image), tree.clone(), Arc::default());
+        let lineage = Lineage::root();
+        Ok(Self(Arc::new(Inner { tree, geometry, family, index, laid: None, base, lineage, _charge })))
     }
 
-    fn build(
-        tree: &Tree,
-        geometry: Geometry,
-        family: Arc<Family>,
-        index: Index<Spot>,
-        base: Option<Arc<dyn Source>>,
-        lineage: Arc<Lineage>,
-    ) -> Self {
-        let _charge = tree.0.charge(Item::Image);
-        let (tree, plan) = (tree.clone(), OnceLock::new());
-        Self(Arc::new(Inner { tree, geometry, family, index, base, lineage, plan, _charge }))
+    fn build(&self, family: Arc<Family>, index: Index<Version>, laid: Arc<Laid>, lineage: Arc<Lineage>) -> Self {
+        let (tree, geometry) = (self.0.tree.clone(), self.0.geometry);
+        let (_charge, laid) = (tree.0.charge(Item::Image), Some(laid));
+        Self(Arc::new(Inner { tree, geometry, family, index, laid, base: None, lineage, _charge }))
     }
 
     /// Whether there may be an image one cut further on.
@@ -72,11 +66,55 @@ impl MappedImage {
         self.0.lineage.child(self.0.tree.limits().depth).map(drop)
     }
 
-    /// The image one cut further on.
-    pub(super) fn child(&self, index: Index<Spot>) -> Result<Self, SpaceError> {
+    /// The image one cut further on. `parts` makes it of this image's layers, or, of a root image's space that is private already, of `own`.
+    ///
+    /// # Errors
+    /// [`SpaceError::DepthLimit`], [`SpaceError::LayerLimit`], [`SpaceError::MappingLimit`], and those of `parts`.
+    pub(super) fn child(
+        &self,
+        own: Option<Arc<Layer>>,
+        parts: impl FnOnce(&LayerMap) -> Result<Parts, SpaceError>,
+    ) -> Result<Self, SpaceError> {
         let inner = &self.0;
         let lineage = inner.lineage.child(inner.tree.limits().depth)?;
-        Ok(Self::build(&inner.tree, inner.geometry, inner.family.clone(), index, None, lineage))
+        let now = match (&inner.laid, own) {
+            (Some(laid), _) => laid.now(),
+            (None, Some(layer)) => Arc::new(LayerMap::uniform(inner.geometry.pages(), layer)),
+            (None, None) => return Err(SysError::Misuse("a root image has no layers to cut from").into()),
+        };
+        let Parts { index, map } = parts(&now)?;
+        merge::check(&map, inner.tree.limits())?;
+        let laid = match &inner.laid {
+            Some(laid) => laid.child(now, map),
+            None => Laid::new(&inner.tree, inner.geometry, &inner.family, map),
+        };
+        Ok(self.build(inner.family.clone(), index, laid, lineage))
+    }
+
+    /// Has its layers merged as far as the limits ask for it, now.
+    pub(super) fn settle(&self) -> Result<(), SpaceError> {
+        self.0.laid.clone().map_or(Ok(()), Laid::settle)
+    }
+
+    /// The image of the first cut: all of it on one layer.
+    pub(super) fn first(&self, layer: Arc<Layer>) -> Result<Self, SpaceError> {
+        let inner = &self.0;
+        let lineage = inner.lineage.child(inner.tree.limits().depth)?;
+        let pages = inner.geometry.pages();
+        let version = inner.family.number().version(Content::Data);
+        let index = Index::uniform(pages, &PageState::Data(version));
+        let laid = Laid::new(&inner.tree, inner.geometry, &inner.family, LayerMap::uniform(pages, layer));
+        Ok(self.build(inner.family.clone(), index, laid, lineage))
+    }
+
+    /// The merge of layers that the limits ask for.
+    pub(super) fn due(&self) -> Option<Due> {
+        self.0.laid.as_ref()?.due()
+    }
+
+    /// The layers of every page, now; `None` of a root image.
+    pub(super) fn map(&self) -> Option<Arc<LayerMap>> {
+        self.0.laid.as_ref().map(|laid| laid.now())
     }
 
     pub(super) fn tree(&self) -> &Tree {
@@ -87,13 +125,13 @@ impl MappedImage {
         &self.0.family
     }
 
-    pub(super) fn index(&self) -> &Index<Spot> {
+    pub(super) fn index(&self) -> &Index<Version> {
         &self.0.index
     }
 
     /// Whether it names no layer yet.
     pub(super) fn is_root(&self) -> bool {
-        self.0.lineage.depth() == 0 && self.0.index.tally().data == 0
+        self.0.laid.is_none()
     }
 
     /// The base of a root image; fills with zeroes past its end.
@@ -116,37 +154,37 @@ impl MappedImage {
 
     /// Layers that a clone maps.
     pub(super) fn layers(&self) -> u32 {
-        if self.is_root() { u32::from(self.0.base.is_some()) } else { self.plan().layers }
+        self.map().map_or(u32::from(self.0.base.is_some()), |map| map.layers())
     }
 
-    /// Made once an image, by whoever needs it first: O(tables of the index).
-    fn plan(&self) -> &Plan {
-        self.0.plan.get_or_init(|| Plan::of(&self.0.index, self.0.geometry))
-    }
-
-    /// Maps the layers for a clone.
+    /// Maps the layers for a clone: as they lie now, unless that takes more mappings than a VM may have; then it waits for a merge.
     pub(super) fn map_at(&self, place: Placement) -> Result<Mapping, SpaceError> {
-        let plan = self.plan();
-        let (needed, limit) = (plan.mappings, self.0.tree.limits().mappings_per_vm);
-        if needed > limit {
-            return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
+        let Some(laid) = &self.0.laid else { return Err(SysError::Misuse("a root image has no layer to map").into()) };
+        let limit = self.0.tree.limits().mappings_per_vm;
+        let mut map = laid.now();
+        if map.mappings() > limit {
+            self.settle()?;
+            map = laid.now();
         }
-        let extents: Vec<_> = plan.extents.iter().map(|(range, layer)| (*range, &*layer.file)).collect();
-        Ok(Mapping::map_layers(&plan.base.file, &extents, self.0.geometry.len(), place)?)
+        let (base, over) = map.plan();
+        let extents: Vec<_> =
+            over.into_iter().map(|(run, layer)| (host_pages(self.0.geometry, run), &*layer.file)).collect();
+        Ok(Mapping::map_layers(&base.file, &extents, self.0.geometry.len(), place)?)
     }
 
     /// The pages of `range` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
     pub(super) fn data_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
-        if self.is_root() {
-            let mut base = PageSet::new();
-            base.push(self.base_pages().intersect(range));
-            return Ok(base);
-        }
+        let Some(map) = self.map() else {
+            return Ok(PageSet::from(self.base_pages().intersect(range)));
+        };
         let mut data = PageSet::new();
         for (run, state) in self.0.index.runs(range) {
-            if let PageState::Data(Spot { layer, content: Content::Data }) = state {
-                let held = layer.file.data_in(host_pages(self.0.geometry, run))?;
-                data = data.union(&space_pages(self.0.geometry, &held));
+            if is_hole(state) {
+                continue;
+            }
+            for (piece, layer) in map.runs(run) {
+                let held = space_pages(self.0.geometry, &layer.file.data_in(host_pages(self.0.geometry, piece))?);
+                held.runs().for_each(|run| data.push(run));
             }
         }
         Ok(data)
@@ -160,41 +198,9 @@ impl MappedImage {
     }
 }
 
-/// Runs of one layer, holes and data together: what one kernel mapping can show.
-pub(super) fn layer_runs(index: &Index<Spot>, range: PageRange) -> Vec<(PageRange, Arc<Layer>)> {
-    let mut runs: Vec<(PageRange, Arc<Layer>)> = Vec::new();
-    for (run, state) in index.runs(range) {
-        let PageState::Data(spot) = state else { continue };
-        match runs.last_mut() {
-            Some((last, layer)) if last.end() == run.start() && Arc::ptr_eq(layer, &spot.layer) => {
-                *last = PageRange::from_bounds(last.start(), run.end());
-            }
-            _ => runs.push((run, spot.layer.clone())),
-        }
-    }
-    runs
-}
-
-impl Plan {
-    fn of(index: &Index<Spot>, geometry: Geometry) -> Self {
-        let runs = layer_runs(index, geometry.all());
-        let mut sizes: Vec<(Arc<Layer>, PageCount, u64)> = Vec::new();
-        for (run, layer) in &runs {
-            match sizes.iter_mut().find(|(seen, ..)| Arc::ptr_eq(seen, layer)) {
-                Some((_, pages, count)) => (*pages, *count) = (pages.saturating_add(run.count()), *count + 1),
-                None => sizes.push((layer.clone(), run.count(), 1)),
-            }
-        }
-        // The layer in most pieces goes beneath: every piece of it is one extent saved.
-        let Some((base, ..)) = sizes.iter().max_by_key(|(_, pages, count)| (*count, pages.get())) else {
-            unreachable!("an image that is no root names a layer for every page")
-        };
-        let base = base.clone();
-        let mappings = runs.len() as u64;
-        let over = runs.into_iter().filter(|(_, layer)| !Arc::ptr_eq(layer, &base));
-        let extents = over.map(|(run, layer)| (host_pages(geometry, run), layer)).collect();
-        Self { base, extents, mappings, layers: sizes.len() as u32 }
-    }
+/// Whether a page is known to be zeroes.
+pub(super) fn is_hole(state: PageState<&Version>) -> bool {
+    matches!(state, PageState::Data(version) if version.is_hole())
 }
 
 impl fmt::Debug for MappedImage {
@@ -217,22 +223,21 @@ impl Source for MappedImage {
         if buf.is_empty() {
             return Ok(());
         }
-        if self.is_root() {
-            return self.read_base(at, buf);
-        }
+        let Some(map) = self.map() else { return self.read_base(at, buf) };
         let (size, end) = (geometry.page_size(), at.get() + buf.len() as u64);
         let first = size.page_of(at);
         let last = size.page_of(ByteOffset::new(end - 1));
         let pages = PageRange::from_bounds(first, PageIndex::new(last.get() + 1));
         for (run, state) in self.0.index.runs(pages) {
-            let from = size.start_of(run.start()).get().max(at.get());
-            let to = size.start_of(run.end()).get().min(end);
-            let part = &mut buf[(from - at.get()) as usize..(to - at.get()) as usize];
-            match state {
-                PageState::Data(Spot { layer, content: Content::Data }) => {
+            for (piece, layer) in map.runs(run) {
+                let from = size.start_of(piece.start()).get().max(at.get());
+                let to = size.start_of(piece.end()).get().min(end);
+                let part = &mut buf[(from - at.get()) as usize..(to - at.get()) as usize];
+                if is_hole(state) {
+                    part.fill(0);
+                } else {
                     layer.file.read_at(ByteOffset::new(from), part)?;
                 }
-                _ => part.fill(0),
             }
         }
         Ok(())
@@ -252,7 +257,9 @@ impl Sealed for MappedImage {
 
     fn clone_mappings(&self) -> u64 {
         // A root image is mapped with room to move it aside.
-        if self.is_root() { 2 } else { self.plan().mappings }
+        let Some(map) = self.map() else { return 2 };
+        // In more pieces than a VM may have, it is gathered first.
+        map.mappings().min(self.0.tree.limits().mappings_per_vm)
     }
 
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
@@ -265,9 +272,11 @@ impl Sealed for MappedImage {
         let mut builder = LayerBuilder::new(tree, geometry)?;
         builder.copy_from_image(self, geometry.all())?;
         let built = builder.finish()?;
+        let family: Arc<Family> = Arc::default();
         let mut index = Index::uniform(geometry.pages(), &PageState::Absent);
-        built.name_in(&mut index);
-        Ok(Self::build(tree, geometry, Arc::default(), index, None, Lineage::root()))
+        built.name_in(&mut index, family.number());
+        let laid = Laid::new(tree, geometry, &family, LayerMap::uniform(geometry.pages(), built.layer));
+        Ok(self.build(family, index, laid, Lineage::root()))
     }
 
     fn merge_onto(&self, ancestor: &Self) -> Result<Self, SpaceError> {
@@ -276,14 +285,24 @@ impl Sealed for MappedImage {
         }
         let (tree, geometry) = (&self.0.tree, self.0.geometry);
         let lineage = ancestor.0.lineage.child(tree.limits().depth)?;
-        let mut index = ancestor.0.index.clone();
+        let moved = self.0.index.diff(&ancestor.0.index);
         let mut builder = LayerBuilder::new(tree, geometry)?;
-        for run in self.0.index.diff(&index).runs() {
+        for run in moved.runs() {
             builder.copy_from_image(self, run)?;
         }
-        let built = builder.finish()?;
-        built.name_in(&mut index);
-        Ok(Self::build(tree, geometry, self.0.family.clone(), index, None, lineage))
+        let layer = builder.finish()?.layer;
+        let laid = match &ancestor.0.laid {
+            // Everything differs from what names no layer.
+            None => Laid::new(tree, geometry, &self.0.family, LayerMap::uniform(geometry.pages(), layer)),
+            Some(below) => {
+                let now = below.now();
+                let map = now.with(&moved, layer);
+                merge::check(&map, tree.limits())?;
+                below.child(now, map)
+            }
+        };
+        // The bytes are the same, wherever they lie.
+        Ok(self.build(self.0.family.clone(), self.0.index.clone(), laid, lineage))
     }
 
     fn depth(&self) -> u32 {
@@ -296,7 +315,12 @@ impl Sealed for MappedImage {
 
     fn validate(&self) -> Result<(), String> {
         self.0.index.validate()?;
-        let covered = self.0.index.tally().data == self.0.geometry.pages().get();
-        if self.is_root() || covered { Ok(()) } else { Err("some pages name no layer".into()) }
+        let Some(map) = self.map() else { return Ok(()) };
+        map.validate()?;
+        if self.0.index.tally().data == self.0.geometry.pages().get() {
+            Ok(())
+        } else {
+            Err("some pages have no version".into())
+        }
     }
 }

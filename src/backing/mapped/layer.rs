@@ -1,11 +1,15 @@
 //! Layers of mapped RAM: sealed memory files, position-addressed and sparse.
 //!
 //! Page `n` of a space lies at its own offset in whichever layer holds it; a page of zeroes is a hole there. There is no allocator in a
-//! layer and nothing to corrupt. A layer is sealed before anybody else can name it, and is closed when the last index that
+//! layer and nothing to corrupt. A layer is sealed before anybody else can name it, and is closed when the last map of an image that
 //! names it goes. Must not know which VM maps it.
 
+use std::num::NonZeroU64;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use super::MappedImage;
 use crate::account::{Allocated, Charge, Item};
@@ -30,8 +34,7 @@ pub(super) struct Layer {
     _charge: Charge,
 }
 
-/// The file of a layer, sealed. An index may name a layer before that: a pre-copy builds the index of an image ahead of its cut, and until
-/// the cut has sealed the file nobody else can reach that index.
+/// The file of a layer, sealed. A layer may be there before that: whoever fills its file shows it to nobody until the file is sealed.
 #[derive(Debug)]
 pub(super) struct LayerFile(OnceLock<SealedMemfd>);
 
@@ -83,16 +86,35 @@ pub(super) enum Content {
     Hole,
 }
 
-/// Where a page's bytes are: in this layer, at the page's own offset.
-#[derive(Clone, Debug)]
-pub(super) struct Spot {
-    pub(super) layer: Arc<Layer>,
-    pub(super) content: Content,
+/// Which bytes a page holds: the number of the cut, within the family, that sealed them, and whether they are known to be zeroes. Stays
+/// the same when the bytes move to another layer, so that relatives are compared exactly whatever was merged; says nothing of where
+/// they lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Version(NonZeroU64);
+
+impl Version {
+    /// Zeroed by a discard, in whichever VM.
+    pub(super) const ZEROED: Self = Self(NonZeroU64::MIN);
+
+    pub(super) fn is_hole(self) -> bool {
+        self.0.get() & 1 == 1
+    }
 }
 
-impl PageRef for Spot {
+impl PageRef for Version {
     fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.layer, &other.layer) && self.content == other.content
+        self == other
+    }
+}
+
+/// One cut of a family, as far as versions tell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct CutNumber(NonZeroU64);
+
+impl CutNumber {
+    /// What a page holds that this cut sealed.
+    pub(super) fn version(self, content: Content) -> Version {
+        Version(self.0.saturating_mul(NonZeroU64::MIN.saturating_add(1)) | u64::from(content == Content::Hole))
     }
 }
 
@@ -101,9 +123,23 @@ impl PageRef for Spot {
 pub(super) struct Family {
     pagemap: OnceLock<Pagemap>,
     zero: OnceLock<Arc<Layer>>,
+    cuts: AtomicU64,
+    /// Held by whoever merges layers.
+    pub(super) merging: Mutex<()>,
 }
 
 impl Family {
+    /// A number for a cut; never given again.
+    pub(super) fn number(&self) -> CutNumber {
+        // Relaxed: only uniqueness is asked of it. 2^63 cuts are more than anybody makes.
+        CutNumber(NonZeroU64::MIN.saturating_add(self.cuts.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// Whether it is the layer of nothing but holes.
+    pub(super) fn is_zero(&self, layer: &Arc<Layer>) -> bool {
+        self.zero.get().is_some_and(|zero| Arc::ptr_eq(zero, layer))
+    }
+
     /// The handle to this process's page tables.
     pub(super) fn pagemap(&self) -> Result<&Pagemap, SpaceError> {
         if let Some(pagemap) = self.pagemap.get() {
@@ -119,14 +155,14 @@ impl Family {
         if let Some(layer) = self.zero.get() {
             return Ok(layer);
         }
-        let file = seal(Memfd::create("offshoot-zero", len)?)?;
+        let file = seal_file(Memfd::create("offshoot-zero", len)?)?;
         let layer = Layer::new(tree, file);
         Ok(self.zero.get_or_init(|| layer))
     }
 }
 
 /// Seals a file that was only ever written by calls.
-fn seal(file: Memfd) -> Result<SealedMemfd, SpaceError> {
+pub(super) fn seal_file(file: Memfd) -> Result<SealedMemfd, SpaceError> {
     file.seal_all().map_err(|failed| seal_error(failed.error))
 }
 
@@ -138,19 +174,24 @@ pub(super) fn seal_error(error: SealError) -> SpaceError {
 }
 
 /// A new layer under construction.
-pub(super) struct LayerBuilder<'a> {
-    tree: &'a Tree,
+pub(super) struct LayerBuilder {
+    layer: Arc<Layer>,
     geometry: Geometry,
     file: Memfd,
     data: PageSet,
     holes: PageSet,
 }
 
-impl<'a> LayerBuilder<'a> {
-    pub(super) fn new(tree: &'a Tree, geometry: Geometry) -> Result<Self, SpaceError> {
+impl LayerBuilder {
+    pub(super) fn new(tree: &Tree, geometry: Geometry) -> Result<Self, SpaceError> {
         tree.0.check_room_for_file()?;
         let file = Memfd::create("offshoot-layer", geometry.len())?;
-        Ok(Self { tree, geometry, file, data: PageSet::new(), holes: PageSet::new() })
+        Ok(Self { layer: Layer::promised(tree), geometry, file, data: PageSet::new(), holes: PageSet::new() })
+    }
+
+    /// What it will be. Its file is not to be asked for before the end.
+    pub(super) fn layer(&self) -> &Arc<Layer> {
+        &self.layer
     }
 
     /// Copies `range` from a paused guest's memory. Runs are to come in ascending order.
@@ -190,8 +231,8 @@ impl<'a> LayerBuilder<'a> {
 
     /// Seals the layer; says which pages are data in it, and which are holes.
     pub(super) fn finish(self) -> Result<Built, SpaceError> {
-        let file = seal(self.file)?;
-        Ok(Built { layer: Layer::new(self.tree, file), data: self.data, holes: self.holes })
+        self.layer.fulfil(seal_file(self.file)?);
+        Ok(Built { layer: self.layer, data: self.data, holes: self.holes })
     }
 }
 
@@ -237,15 +278,27 @@ pub(super) struct Built {
 }
 
 impl Built {
-    /// Names its pages in an index.
-    pub(super) fn name_in(&self, index: &mut Index<Spot>) {
+    /// Names its pages in an index, as sealed by this cut.
+    pub(super) fn name_in(&self, index: &mut Index<Version>, cut: CutNumber) {
         for (pages, content) in [(&self.data, Content::Data), (&self.holes, Content::Hole)] {
-            let state = PageState::Data(Spot { layer: self.layer.clone(), content });
+            let state = PageState::Data(cut.version(content));
             for run in pages.runs() {
                 index.set(run, &state);
             }
         }
     }
+}
+
+/// Pages copied in one go: 1 MiB, so that whoever waits, or wants it stopped, is noticed soon.
+const BATCH: usize = 256;
+
+/// A run in pieces of at most 256 pages.
+pub(super) fn in_batches(run: PageRange) -> impl Iterator<Item = PageRange> {
+    let (start, end) = (run.start().get(), run.end().get());
+    (start..end).step_by(BATCH).map(move |at| {
+        let to = at.saturating_add(BATCH as u64).min(end);
+        PageRange::from_bounds(PageIndex::new(at), PageIndex::new(to))
+    })
 }
 
 pub(super) fn is_zero(bytes: &[u8]) -> bool {

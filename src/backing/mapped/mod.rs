@@ -17,9 +17,13 @@
 //! Locking: `state` is held shared by every access through this type, exclusively by cut, reset and zero. vCPUs go through host
 //! pointers and take no lock: they must be paused for those, which is the guest's contract.
 
+#[cfg(test)]
+mod chain_tests;
 mod cut;
 mod image;
 mod layer;
+mod layer_map;
+mod merge;
 mod precopy;
 mod relocate;
 #[cfg(test)]
@@ -37,7 +41,8 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use self::layer::{Content, HOST_PAGE, Layer, Spot, host_pages, is_zero, space_pages};
+use self::image::is_hole;
+use self::layer::{HOST_PAGE, Layer, Version, host_pages, is_zero, space_pages};
 use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Sealed, Tree};
@@ -68,7 +73,7 @@ struct State {
     origin: MappedImage,
     mapping: Mapping,
     view: View,
-    shown: Index<Spot>,
+    shown: Index<Version>,
     table_bytes: u64,
     /// After a live fork: tells private pages written since from those whose bytes are the origin's. After `mapping`, which
     /// is to go first.
@@ -81,8 +86,10 @@ struct State {
 enum View {
     /// Shared, of a file that nobody else maps. The guest's writes are in the file.
     Shared(OwnFile),
-    /// Private, of the layers in `shown`.
+    /// Private, of layers that show what `shown` says: the origin's, as they were when they were mapped.
     Private,
+    /// Private, of the space's own file: the first cut was begun and undone, and the shared view could not be put back.
+    Kept(Arc<Layer>),
 }
 
 /// The file of a space that was never cut.
@@ -124,14 +131,14 @@ impl State {
         let candidates = match &self.view {
             View::Shared(OwnFile::Writable(file)) => self.with_base(file.data_in(self.mapping.geometry().all())?),
             View::Shared(OwnFile::Sealed(layer)) => self.with_base(layer.file.data_in(self.mapping.geometry().all())?),
-            View::Private => PageSet::from(self.geometry().all()),
+            View::Private | View::Kept(_) => PageSet::from(self.geometry().all()),
         };
         for page in candidates.pages() {
             match &self.view {
                 // Reading the file allocates nothing; reading a hole through the mapping would.
                 View::Shared(OwnFile::Writable(file)) => file.read_at(size.start_of(page), &mut own)?,
                 View::Shared(OwnFile::Sealed(layer)) => layer.file.read_at(size.start_of(page), &mut own)?,
-                View::Private => self.mapping.read(size.start_of(page), &mut own)?,
+                View::Private | View::Kept(_) => self.mapping.read(size.start_of(page), &mut own)?,
             }
             self.origin.read(size.start_of(page), &mut root)?;
             if own != root {
@@ -149,15 +156,9 @@ impl State {
     }
 
     /// Lays a layer over pages, which then show it and nothing private.
-    fn show(&mut self, range: PageRange, spot: &Spot) -> Result<(), SpaceError> {
+    fn show(&mut self, range: PageRange, layer: &Layer) -> Result<(), SpaceError> {
         let host = host_pages(self.geometry(), range);
-        match self.mapping.overlay_extent(host, &spot.layer.file) {
-            Ok(()) => {
-                self.table_bytes += self.shown.set(range, &PageState::Data(spot.clone()));
-                Ok(())
-            }
-            Err(error) => Err(self.note(error)),
-        }
+        self.mapping.overlay_extent(host, &layer.file).map_err(|error| self.note(error))
     }
 
     /// Remembers an error after which content cannot be trusted.
@@ -184,8 +185,9 @@ impl State {
         if self.mapping.kernel_mappings_with(host) <= budget {
             let geometry = self.geometry();
             let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
-            match self.show(range, &Spot { layer, content: Content::Hole }) {
+            match self.show(range, &layer) {
                 Ok(()) => {
+                    self.table_bytes += self.shown.set(range, &PageState::Data(Version::ZEROED));
                     self.note_zeroed(range);
                     return Ok(());
                 }
@@ -222,13 +224,10 @@ impl State {
             None => all.clone(),
         };
         let origin = self.origin.clone();
-        for run in moved.runs() {
-            for (run, state) in origin.index().runs(run) {
-                if let PageState::Data(spot) = state {
-                    self.show(run, spot)?;
-                }
-            }
+        if dirty.is_none() && !self.can_lay(&moved) {
+            return self.reset_anew(&all);
         }
+        self.lay_over(&moved)?;
         let dropped = match tracked.as_ref().or(dirty) {
             Some(dirty) => {
                 self.mapping.reset_pages(dirty.runs().map(|run| host_pages(self.geometry(), run)))?;
@@ -252,6 +251,47 @@ impl State {
             return Ok(tracked.count());
         }
         Ok(dropped.saturating_add(moved.count()))
+    }
+}
+
+impl State {
+    /// Lays the origin's layers over pages, which lose whatever is private there.
+    fn lay_over(&mut self, pages: &PageSet) -> Result<(), SpaceError> {
+        let Some(map) = self.origin.map() else { return Ok(()) };
+        for (run, layer) in pages.runs().flat_map(|run| map.runs(run)) {
+            self.show(run, layer)?;
+            self.shows_origin(run);
+        }
+        Ok(())
+    }
+
+    /// What is not private and shows a version of the origin's reads as it, whichever layers show it.
+    fn validate_shown(&self) -> Result<(), String> {
+        let text = |error: SpaceError| error.to_string();
+        let (all, size) = (self.geometry().all(), self.geometry().page_size());
+        // Reading what no layer holds would make the kernel allocate it.
+        let held = self.origin.data_in(all).map_err(text)?;
+        let other = self.shown.diff(self.origin.index()).union(&self.private_pages().map_err(text)?);
+        let (mut own, mut origin) = (vec![0; size.bytes().get() as usize], vec![0; size.bytes().get() as usize]);
+        for page in held.difference(&other).pages() {
+            self.mapping.read(size.start_of(page), &mut own).map_err(|error| error.to_string())?;
+            self.origin.read(size.start_of(page), &mut origin).map_err(text)?;
+            if own != origin {
+                return Err(format!("page {} shows something else than the origin", page.get()));
+            }
+        }
+        Ok(())
+    }
+
+    /// A reset by mapping everything anew, where what shows something else than the origin is in more pieces than there may be mappings.
+    fn reset_anew(&mut self, moved: &PageSet) -> Result<PageCount, SpaceError> {
+        let dropped = self.dirty()?.union(moved).count();
+        self.origin.settle()?;
+        self.lay_over(&PageSet::from(self.geometry().all()))?;
+        self.shown = self.origin.index().clone();
+        self.table_bytes = 0;
+        self.reset_done();
+        Ok(dropped)
     }
 }
 
@@ -427,7 +467,7 @@ impl Backing for Mapped {
     }
 
     fn cut(&self) -> Result<MappedCut<'_>, SpaceError> {
-        MappedCut::begin(self.exclusive()?)
+        MappedCut::begin(self)
     }
 
     fn origin(&self) -> MappedImage {
@@ -469,11 +509,11 @@ impl Backing for Mapped {
                 let pages = pages.min(total.get());
                 (PageCount::new(pages), PageCount::new(total.get() - pages))
             }
-            View::Private => {
+            View::Private | View::Kept(_) => {
                 let private = state.private_pages()?;
                 let mut zero = PageCount::ZERO;
                 for (run, spot) in state.shown.runs(geometry.all()) {
-                    if matches!(spot, PageState::Data(Spot { content: Content::Hole, .. })) {
+                    if is_hole(spot) {
                         zero = zero.saturating_add(run.count().saturating_sub(private.count_in(run)));
                     }
                 }
@@ -497,16 +537,7 @@ impl Backing for Mapped {
         if let View::Shared(_) = state.view {
             return if state.mapping.is_shared() { Ok(()) } else { Err("never cut, and mapped privately".into()) };
         }
-        // What the kernel shows, run by run, must be what the index says.
-        let shown = image::layer_runs(&state.shown, state.geometry().all());
-        let shown = shown.into_iter().map(|(run, layer)| (host_pages(state.geometry(), run), layer.file.id()));
-        let mapped = state.mapping.files();
-        for (run, file) in shown {
-            let agrees = mapped.iter().all(|(range, there)| range.intersect(run).is_empty() || *there == file);
-            if !agrees {
-                return Err(format!("{run:?} is mapped to another file than the index says"));
-            }
-        }
+        state.validate_shown()?;
         state.validate_tracker()
     }
 }

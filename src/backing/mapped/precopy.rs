@@ -23,20 +23,18 @@ use std::mem::take;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cut::pages_to_copy;
-use super::layer::{Content, Layer, Spot, copy_run, host_pages, space_pages};
+use super::image::Parts;
+use super::layer::{Content, CutNumber, Layer, Version, copy_run, host_pages, in_batches, space_pages};
+use super::merge;
 use super::tracker::{Before, Tracker, one_run};
 use super::{Mapped, MappedCut, MappedImage, State, View};
 use crate::backing::Sealed;
 use crate::error::SpaceError;
 use crate::overlay::{Index, PageState};
-use crate::page::{PageCount, PageIndex, PageRange, PageSet};
+use crate::page::{PageCount, PageRange, PageSet};
 use crate::sys::error::SysError;
 use crate::sys::memfd::Memfd;
 use crate::sys::uffd::UffdError;
-
-/// Pages copied with the space's lock held once.
-const BATCH: usize = 256;
 
 /// What a page takes to copy before any was measured: with memory that the host must find and clear first.
 const COLD_COPY: Duration = Duration::from_micros(4);
@@ -92,12 +90,14 @@ pub(crate) struct Precopy<'a> {
     /// Until it is sealed.
     file: Option<Memfd>,
     /// Of the next image, as far as copied.
-    index: Index<Spot>,
+    index: Index<Version>,
+    /// Of the next cut.
+    number: CutNumber,
     /// Pages that `index` names in the new layer.
     copied: PageSet,
-    /// Kernel mappings that a clone of `index` needs, at most; 0 until it is known.
-    mappings: u64,
     onward: Onward,
+    /// Mappings that the next image takes, as of the last look while the guest ran.
+    mappings: u64,
     pace: Pace,
     attempt: Attempt,
 }
@@ -135,23 +135,14 @@ impl Pace {
 /// Pages that a round found, protected and still to be copied.
 pub(crate) struct Found {
     written: PageSet,
-    /// To be copied along.
-    gaps: PageSet,
     scan: Duration,
 }
 
 impl Found {
     /// How many there are.
     pub(crate) fn count(&self) -> PageCount {
-        self.written.count().saturating_add(self.gaps.count())
+        self.written.count()
     }
-}
-
-/// Whether the guest waits.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Meanwhile {
-    Running,
-    Paused,
 }
 
 /// How long the last round may take.
@@ -193,7 +184,7 @@ impl Mapped {
     /// What the system refuses, but for write protection itself, which is [`Begun::Unwatched`].
     pub(crate) fn precopy(&self, onward: Onward) -> Result<Begun<'_>, SpaceError> {
         let state = self.shared()?;
-        if matches!(state.view, View::Shared(_)) {
+        if !matches!(state.view, View::Private) {
             return Ok(Begun::NothingToCopy);
         }
         // Refused now rather than after all the work.
@@ -223,22 +214,14 @@ impl Mapped {
             layer: Layer::promised(state.origin.tree()),
             file: Some(file),
             index: state.origin.index().clone(),
+            number: state.origin.family().number(),
             copied: PageSet::new(),
-            mappings: 0,
             onward,
+            mappings: 0,
             pace: Pace::default(),
             attempt,
         }))
     }
-}
-
-/// A run in pieces of at most [`BATCH`] pages.
-fn in_batches(run: PageRange) -> impl Iterator<Item = PageRange> {
-    let (start, end) = (run.start().get(), run.end().get());
-    (start..end).step_by(BATCH).map(move |at| {
-        let to = at.saturating_add(BATCH as u64).min(end);
-        PageRange::from_bounds(PageIndex::new(at), PageIndex::new(to))
-    })
 }
 
 const USED: SysError = SysError::Misuse("a pre-copy was used after its cut");
@@ -254,10 +237,17 @@ impl<'a> Precopy<'a> {
     /// What the system refuses.
     pub(crate) fn look(&mut self) -> Result<Found, SpaceError> {
         let state = self.space.shared()?;
-        self.look_in(&state, Meanwhile::Running)
+        let found = self.look_in(&state)?;
+        // Refused now rather than in the pause.
+        if let Some(map) = state.origin.map() {
+            let next = map.with(&self.copied.union(&found.written), self.layer.clone());
+            merge::check(&next, state.origin.tree().limits())?;
+            self.mappings = next.mappings();
+        }
+        Ok(found)
     }
 
-    fn look_in(&mut self, state: &State, meanwhile: Meanwhile) -> Result<Found, SpaceError> {
+    fn look_in(&mut self, state: &State) -> Result<Found, SpaceError> {
         let start = Instant::now();
         {
             let mut slot = state.tracker.lock();
@@ -290,29 +280,7 @@ impl<'a> Precopy<'a> {
         attempt.protected = attempt.protected.union(&protected);
         self.pace.scan = scan;
         let written = space_pages(state.geometry(), &protected);
-        let gaps = self.gaps(state, &written, meanwhile)?;
-        Ok(Found { written, gaps, scan: start.elapsed() })
-    }
-
-    /// The pages between written ones that go along so that clones stay within the limit on mappings.
-    fn gaps(&mut self, state: &State, written: &PageSet, meanwhile: Meanwhile) -> Result<PageSet, SpaceError> {
-        let limit = state.origin.tree().limits().mappings_per_vm;
-        let new = written.difference(&self.copied);
-        // Who maps all of them must know how many there are, even if they get no more.
-        let uncounted = self.onward == Onward::Elsewhere && self.mappings == 0;
-        if new.is_empty() && !(uncounted && meanwhile == Meanwhile::Running) {
-            return Ok(PageSet::new());
-        }
-        // In the pause only if it must be: a run adds two mappings at most, and counting them all takes long.
-        let most = self.mappings.saturating_add(2 * new.runs().len() as u64);
-        if meanwhile == Meanwhile::Paused && self.mappings > 0 && most <= limit {
-            self.mappings = most;
-            return Ok(PageSet::new());
-        }
-        let copied = self.copied.union(written);
-        let (all, needed) = pages_to_copy(&self.index, state.geometry(), &copied, limit)?;
-        self.mappings = needed;
-        Ok(all.difference(&copied))
+        Ok(Found { written, scan: start.elapsed() })
     }
 
     /// Copies what was found.
@@ -326,15 +294,11 @@ impl<'a> Precopy<'a> {
             let state = self.space.shared()?;
             self.copy_run(&state, run)?;
         }
-        for run in found.gaps.runs().flat_map(in_batches) {
-            let state = self.space.shared()?;
-            self.copy_gap(&state, run)?;
-        }
         Ok(self.copied_all(found, start))
     }
 
     fn copied_all(&mut self, found: Found, start: Instant) -> Round {
-        self.copied = self.copied.union(&found.written).union(&found.gaps);
+        self.copied = self.copied.union(&found.written);
         let round = Round { pages: found.count(), scan: found.scan, copy: start.elapsed() };
         self.pace.note(round);
         round
@@ -349,21 +313,8 @@ impl<'a> Precopy<'a> {
         Ok(())
     }
 
-    /// Copies pages that were not written: what they hold is what the index says. Written since, they are found by the next look.
-    fn copy_gap(&mut self, state: &State, run: PageRange) -> Result<(), SpaceError> {
-        let pieces: Vec<_> = self.index.runs(run).into_iter().map(|(piece, below)| (piece, below.cloned())).collect();
-        for (piece, below) in pieces {
-            match below {
-                // Looking would make the kernel allocate the pages.
-                PageState::Data(Spot { content: Content::Hole, .. }) => self.name(piece, Content::Hole),
-                _ => self.copy_run(state, piece)?,
-            }
-        }
-        Ok(())
-    }
-
     fn name(&mut self, run: PageRange, content: Content) {
-        let named = PageState::Data(Spot { layer: self.layer.clone(), content });
+        let named = PageState::Data(self.number.version(content));
         if !run.iter().all(|page| self.index.get(page).same(named.as_ref())) {
             self.index.set(run, &named);
         }
@@ -376,10 +327,9 @@ impl<'a> Precopy<'a> {
     /// Makes holes of what the new layer holds as data in `range`.
     fn punch(&self, state: &State, range: PageRange) -> Result<(), SpaceError> {
         let file = self.file()?;
-        for (run, spot) in self.index.runs(range) {
-            if let PageState::Data(Spot { layer, content: Content::Data }) = spot
-                && Arc::ptr_eq(layer, &self.layer)
-            {
+        let data = self.number.version(Content::Data);
+        for (run, version) in self.index.runs(range) {
+            if version == PageState::Data(&data) {
                 file.punch(host_pages(state.geometry(), run))?;
             }
         }
@@ -407,7 +357,7 @@ impl<'a> Precopy<'a> {
     pub(crate) fn cut(&mut self, bound: PauseBound) -> Result<LiveCut<'a>, NoCut> {
         let start = Instant::now();
         let state = self.space.exclusive()?;
-        let found = self.look_in(&state, Meanwhile::Paused)?;
+        let found = self.look_in(&state)?;
         let estimate = start.elapsed().saturating_add(self.still_to_do(found.count()));
         if let PauseBound::AtMost(limit) = bound
             && estimate > limit
@@ -416,9 +366,11 @@ impl<'a> Precopy<'a> {
         }
         let copying = Instant::now();
         found.written.runs().try_for_each(|run| self.copy_run(&state, run))?;
-        found.gaps.runs().try_for_each(|run| self.copy_gap(&state, run))?;
         let last = self.copied_all(found, copying);
-        let sealed = state.origin.child(self.index.clone())?;
+        let sealed = state.origin.child(None, |below| {
+            let zeroed = state.with_zeroed(below, &state.zeroed_by_tracker())?;
+            Ok(Parts { index: self.index.clone(), map: zeroed.with(&self.copied, self.layer.clone()) })
+        })?;
         let file = self.file.take().ok_or(USED)?;
         // Enough to keep everybody out; the seal that walks the file's pages is set when the guest runs again.
         let file = file.seal_future_write().map_err(|failed| super::layer::seal_error(failed.error))?;

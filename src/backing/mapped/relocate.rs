@@ -26,13 +26,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLockWriteGuard;
 
-use super::cut::{OldView, Step, seal};
+use super::cut::{OldView, Seal, Step, seal};
 use super::layer::Layer;
 use super::tracker::Tracker;
 use super::{HostRange, Mapped, MappedCut, MappedImage, State, View};
 use crate::backing::{Deferred, Sealed};
 use crate::error::{SpaceError, SystemError};
-use crate::page::{ByteOffset, ByteSize};
+use crate::page::{ByteOffset, ByteSize, PageSet};
 use crate::ram::{Ram, RamLayout};
 use crate::sys::mapping::{KeptRange, Mapping, Placement};
 use crate::sys::reservation::Hole;
@@ -203,10 +203,16 @@ impl Mapped {
         let mut state = self.exclusive()?;
         // With the lock held: nobody can take one any more.
         state.unleased()?;
-        let (sealed, own) = seal(&mut state)?;
+        let written = match state.view {
+            View::Shared(_) => PageSet::new(),
+            _ => state.written_pages()?,
+        };
+        let (sealed, unsealed) = match seal(&mut state, written)? {
+            Seal::First(sealed, layer) => (sealed, Unsealed::OwnFile(layer)),
+            Seal::Later(sealed, _) => (sealed, Unsealed::None),
+        };
         let mapping = place(&sealed)?;
-        let unsealed = own.map_or(Unsealed::None, Unsealed::OwnFile);
-        Ok(MappedCut { state, sealed, step: Step::Elsewhere(Elsewhere { mapping, unsealed }) })
+        Ok(MappedCut { state, sealed, step: Step::Elsewhere(Elsewhere { mapping, unsealed }), _attempt: None })
     }
 }
 
@@ -244,7 +250,7 @@ impl Elsewhere {
         self,
         state: &mut RwLockWriteGuard<'_, State>,
         sealed: &MappedImage,
-        origin: MappedImage,
+        origin: impl Send + 'static,
     ) -> Deferred {
         let old = replace(&mut state.mapping, self.mapping);
         state.view = View::Private;

@@ -9,10 +9,11 @@
 //! private. Must not know how pages are copied.
 
 use super::State;
-use super::layer::{Spot, space_pages};
+use super::layer::{Version, space_pages};
+use super::layer_map::LayerMap;
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::overlay::Index;
+use crate::overlay::{Index, PageState};
 use crate::page::{PageRange, PageSet};
 use crate::sys::error::SysError;
 use crate::sys::uffd::{Uffd, UffdError};
@@ -63,7 +64,7 @@ impl State {
     }
 
     /// The index of the next image, but for the pages that will be in its own layer.
-    pub(super) fn next_index(&self) -> Index<Spot> {
+    pub(super) fn next_index(&self) -> Index<Version> {
         match &*self.tracker.lock() {
             Some(tracker) if tracker.idle() => {
                 let mut index = self.origin.index().clone();
@@ -72,6 +73,26 @@ impl State {
             }
             _ => self.shown.clone(),
         }
+    }
+
+    /// As [`next_index`](Self::next_index), of the layers: those of the origin with zeroes over what of these pages shows them.
+    pub(super) fn with_zeroed(&self, origin: &LayerMap, zeroed: &PageSet) -> Result<LayerMap, SpaceError> {
+        let mut holes = PageSet::new();
+        for (run, shown) in zeroed.runs().flat_map(|run| self.shown.runs(run)) {
+            if shown == PageState::Data(&Version::ZEROED) {
+                holes.push(run);
+            }
+        }
+        if holes.is_empty() {
+            return Ok(origin.clone());
+        }
+        let zero = self.origin.family().zero(self.origin.tree(), self.geometry().len())?;
+        Ok(origin.with(&holes, zero.clone()))
+    }
+
+    /// What was zeroed since the origin, attempt or no attempt.
+    pub(super) fn zeroed_by_tracker(&self) -> PageSet {
+        self.tracker.lock().as_ref().map(|tracker| tracker.zeroed.clone()).unwrap_or_default()
     }
 
     /// Turns write protection on for an attempt. Nothing is protected that was not.
@@ -93,7 +114,7 @@ impl State {
         Ok(Before::Nothing)
     }
 
-    pub(super) fn name_shown(&self, run: PageRange, index: &mut Index<Spot>) {
+    pub(super) fn name_shown(&self, run: PageRange, index: &mut Index<Version>) {
         for (run, spot) in self.shown.runs(run) {
             index.set(run, &spot.cloned());
         }
@@ -123,8 +144,7 @@ impl State {
     /// more mappings than there are.
     pub(super) fn to_lay(&self, all: &PageSet, undone: &PageSet) -> PageSet {
         let some = all.difference(&all.difference(undone));
-        let needed = self.mapping.kernel_mappings().saturating_add(2 * some.runs().len() as u64);
-        if needed <= self.origin.tree().limits().mappings_per_vm { some } else { all.clone() }
+        if self.can_lay(&some) { some } else { all.clone() }
     }
 
     pub(super) fn reset_done(&mut self) {
