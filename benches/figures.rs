@@ -25,8 +25,14 @@ mod figures {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod kvm;
     #[cfg(target_os = "linux")]
+    pub mod many;
+    #[cfg(target_os = "linux")]
     pub mod mapped;
     pub mod options;
+    #[cfg(target_os = "linux")]
+    pub mod prefault;
+    #[cfg(target_os = "linux")]
+    pub mod process;
     pub mod report;
     pub mod sample;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -39,6 +45,8 @@ mod figures {
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod tiny_guest;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod toucher;
     pub mod tree;
 }
 
@@ -83,6 +91,11 @@ macro_rules! kvm {
 
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
+    Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
+    Figure { name: "many", what: "thousands of mapped clones alive, each having written", run: linux!(many::engine) },
+    Figure { name: "many-kvm", what: "hundreds of KVM machines in one process", run: kvm!(many::machines) },
+    Figure { name: "memory-kvm", what: "memory of an idle KVM clone, all in", run: kvm!(many::idle_machines) },
+    Figure { name: "prefault", what: "first touches of a clone, mapped ahead or not", run: linux!(prefault::prefault) },
     Figure { name: "pause", what: "mapped face: cutting a resident parent", run: linux!(mapped::pause) },
     Figure { name: "refork", what: "mapped face: cutting a clone that has written", run: linux!(mapped::refork) },
     Figure { name: "first-write", what: "mapped face: breaking sharing", run: linux!(mapped::first_write) },

@@ -91,7 +91,7 @@ mod vm;
 
 pub use account::{Limits, TreeUsage, Usage};
 pub use admission::{Admission, AdmissionError, HostCheck, MemoryLimit};
-pub use backing::Tree;
+pub use backing::{Prefault, Prefaulted, Tree, WorkingSet};
 pub use error::{ImageError, SpaceError, SystemError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::Relocate;

@@ -203,7 +203,7 @@ fn identities_are_unique<B: Backing>() {
     config.set("role", "worker").expect("small");
     let (mac, uuid) = (MacAddress::from_bytes([2, 0, 0, 0, 0, 9]), Uuid::from_bytes([9; 16]));
     let name = VmName::new("chosen").expect("a name");
-    let spec = CloneSpec { name: Some(name.clone()), mac: Some(mac), uuid: Some(uuid), config };
+    let spec = CloneSpec { name: Some(name.clone()), mac: Some(mac), uuid: Some(uuid), config, prefault: None };
     for _ in 0..2 {
         let clone = point.spawn(spec.clone()).expect("a clone");
         let id = clone.identity();

@@ -25,7 +25,7 @@ pub fn checks(effort: &Effort, report: &mut Report) -> Outcome {
     for (kind, count) in [("torn", all.torn), ("foreign", all.foreign), ("lost", all.lost)] {
         report.row(&Row {
             case: format!("{kind} pages"),
-            unit: Unit::Pages,
+            unit: Unit::Count,
             stats: Stats::exactly(count as f64),
             baseline: Some(Baseline::new("checks", Stats::exactly(all.checks as f64))),
             goal: Goal::Median(0.0),

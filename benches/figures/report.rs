@@ -13,7 +13,9 @@ pub enum Unit {
     Microseconds,
     Milliseconds,
     Bytes,
-    Pages,
+    /// Of whatever the row names.
+    Count,
+    Ratio,
 }
 
 impl Unit {
@@ -23,13 +25,14 @@ impl Unit {
             Self::Microseconds => "µs",
             Self::Milliseconds => "ms",
             Self::Bytes => "bytes",
-            Self::Pages => "pages",
+            Self::Count => "",
+            Self::Ratio => "×",
         }
     }
 
     fn of(self, base: f64) -> f64 {
         match self {
-            Self::Nanoseconds | Self::Bytes | Self::Pages => base,
+            Self::Nanoseconds | Self::Bytes | Self::Count | Self::Ratio => base,
             Self::Microseconds => base / 1e3,
             Self::Milliseconds => base / 1e6,
         }

@@ -1,6 +1,8 @@
 //! Spawning: a clone's RAM, 64 GiB disk and device state, engine only; flat in resident RAM and in siblings. And what an idle clone holds.
 
 use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
 
 use offshoot::backing::{Backing, Heap};
 use offshoot::page::ByteSize;
@@ -111,6 +113,78 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
         Ok((format!("clone of a Vec<u8> of {}", size_name(copied)), Box::new(sample)))
     })?;
     siblings::<Heap>("heap", effort, report)
+}
+
+/// Calls of each thread in one sample.
+const CALLS: u32 = 2000;
+
+/// The time of a call, all threads' calls together: half as much with two threads, if nothing is shared.
+fn together(threads: usize, call: impl Fn() + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let work = || {
+        barrier.wait();
+        let start = Instant::now();
+        (0..CALLS).for_each(|_| call());
+        (start, Instant::now())
+    };
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("it only spawns")).collect()
+    });
+    let (first, last) = (times.iter().map(|time| time.0).min(), times.iter().map(|time| time.1).max());
+    let wall = first.zip(last).map_or(Duration::ZERO, |(first, last)| last - first);
+    wall.as_secs_f64() * 1e9 / (f64::from(CALLS) * threads as f64)
+}
+
+fn two_threads(backing: &str, effort: &Effort, report: &mut Report, call: impl Fn() + Sync) -> Stats {
+    let mut round = Round::new(effort);
+    round.probe(|| together(1, &call));
+    round.probe(|| together(2, &call));
+    let [one, two] = round.run();
+    report.row(&Row {
+        case: format!("{backing}: time of one, two threads"),
+        unit: Unit::Nanoseconds,
+        stats: two,
+        baseline: Some(Baseline::new("one thread", one)),
+        goal: Goal::None,
+    });
+    Stats::exactly(two.p50 / one.p50)
+}
+
+/// Spawning and dropping clones of one fork point by one and by two threads, beside what the kernel allows.
+pub fn parallel(effort: &Effort, report: &mut Report) -> Outcome {
+    let len = ByteSize::mib(64);
+    let of = |report: &mut Report, name: &str, ours: Stats, baseline: &str, theirs: Stats| {
+        report.row(&Row {
+            case: format!("{name}: two threads over one"),
+            unit: Unit::Ratio,
+            stats: ours,
+            baseline: Some(Baseline::new(baseline, theirs)),
+            goal: Goal::None,
+        });
+    };
+    let nothing = two_threads("nothing but counting", effort, report, || {
+        black_box((0..1000).fold(0_u64, |sum, n| black_box(sum + n)));
+    });
+    #[cfg(target_os = "linux")]
+    {
+        use super::bare::{View, filled_memfd};
+        let file = filled_memfd(ByteSize::mib(1))?;
+        let bare = two_threads("bare mmap and munmap of a memfd", effort, report, || {
+            drop(View::private(&file, len).expect("room for a mapping"));
+        });
+        let point = fork_point::<offshoot::backing::Mapped>(len)?;
+        let mapped = two_threads("mapped, spawn and drop", effort, report, || {
+            drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
+        });
+        of(report, "mapped", mapped, "bare mmap", bare);
+    }
+    let point = fork_point::<Heap>(len)?;
+    let heap = two_threads("heap, spawn and drop", effort, report, || {
+        drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
+    });
+    of(report, "heap", heap, "nothing but counting", nothing);
+    Ok(())
 }
 
 const IDLE_CLONES: u64 = 1000;

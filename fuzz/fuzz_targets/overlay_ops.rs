@@ -256,28 +256,24 @@ impl<B: PageBody> World<B> {
         pages.start * self.page_bytes()..pages.end * self.page_bytes()
     }
 
-    /// Writes to the engine and to the model, page by page as documented.
+    /// Writes to the engine and to the model: all of it, or nothing where the pages that it needs are not to be had.
     fn write(&mut self, s: usize, at: usize, data: &[u8], call: impl FnOnce(&Heap<B>) -> Result<(), SpaceError>) {
-        self.stamp += 1;
         let page_bytes = self.page_bytes();
         let space = &mut self.spaces[s];
-        let mut expected = Ok(());
-        let mut done = 0;
-        while done < data.len() {
-            let page = (at + done) / page_bytes;
-            let take = (page_bytes - (at + done) % page_bytes).min(data.len() - done);
-            if !space.private.contains(&page) {
-                if self.heap_pages.get() >= self.limit {
-                    expected = Err(());
-                    break;
+        let touched = at / page_bytes..(at + data.len()).div_ceil(page_bytes);
+        let touched = if data.is_empty() { 0..0 } else { touched };
+        let needed = touched.clone().filter(|page| !space.private.contains(page)).count() as u64;
+        let expected = if needed == 0 || self.heap_pages.get() + needed <= self.limit { Ok(()) } else { Err(()) };
+        if expected.is_ok() {
+            self.stamp += 1;
+            for page in touched {
+                if space.private.insert(page) {
+                    space.cells.tokens[page] = Some(Rc::new(self.heap_pages.hold()));
+                    space.cells.hidden[page] = false;
                 }
-                space.private.insert(page);
-                space.cells.tokens[page] = Some(Rc::new(self.heap_pages.hold()));
-                space.cells.hidden[page] = false;
+                space.cells.stamps[page] = self.stamp;
             }
-            space.cells.stamps[page] = self.stamp;
-            space.cells.bytes[at + done..at + done + take].copy_from_slice(&data[done..done + take]);
-            done += take;
+            space.cells.bytes[at..at + data.len()].copy_from_slice(data);
         }
         match (call(&space.heap), expected) {
             (Ok(()), Ok(())) => {}

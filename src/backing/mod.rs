@@ -12,6 +12,7 @@ mod file;
 mod heap;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod mapped;
+mod working_set;
 
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
@@ -19,6 +20,7 @@ pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Wo
 pub use mapped::{AddressHole, HostRange, Mapped, MappedCut, MappedImage, PlacedRam};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) use mapped::{Begun, NoCut, Onward, PauseBound, Precopy, RamMapping, Round};
+pub use working_set::{Prefault, Prefaulted, WorkingSet};
 
 use std::fmt;
 use std::sync::Arc;
@@ -154,6 +156,22 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     /// # Errors
     /// What the system refuses: the mapped backing asks the kernel.
     fn usage(&self) -> Result<Usage, SpaceError>;
+
+    /// The pages touched since the space was spawned. A backing that does not see reads tells what was written.
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    fn working_set(&self) -> Result<WorkingSet, SpaceError> {
+        Ok(WorkingSet::new(PageSet::new(), self.dirty()?))
+    }
+
+    /// Takes the page faults of a working set in advance, where the backing has any. Content stays what it is.
+    ///
+    /// # Errors
+    /// [`SpaceError::Geometry`] where the set reaches past the end, or what the system refuses; some pages may be mapped then.
+    fn prefault(&self, prefault: &Prefault) -> Result<Prefaulted, SpaceError> {
+        Ok(Prefaulted { left_out: prefault.set.count(), ..Prefaulted::default() })
+    }
 
     /// Derives every invariant again and compares. For tests: it walks all tables.
     ///

@@ -19,12 +19,13 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_sregs2, kvm_userspace_memory_region,
-    kvm_vcpu_events, kvm_xcrs,
+    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_sregs2,
+    kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd, VmFd};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 
+use super::fault::{self, Call};
 use crate::page::{ByteOffset, ByteSize, GuestAddress};
 
 /// The ioctl group of every KVM call.
@@ -38,6 +39,7 @@ const KVM_GET_XSAVE: Opcode = opcode::read::<LegacyXsave>(KVM_GROUP, 0xa4);
 const KVM_SET_XSAVE: Opcode = opcode::write::<LegacyXsave>(KVM_GROUP, 0xa5);
 const KVM_GET_XSAVE2: Opcode = opcode::read::<LegacyXsave>(KVM_GROUP, 0xcf);
 const KVM_GET_SREGS2: Opcode = opcode::read::<kvm_sregs2>(KVM_GROUP, 0xcc);
+const KVM_PRE_FAULT_MEMORY: Opcode = opcode::read_write::<kvm_pre_fault_memory>(KVM_GROUP, 0xd5);
 const KVM_SET_SREGS2: Opcode = opcode::write::<kvm_sregs2>(KVM_GROUP, 0xcd);
 
 /// One ioctl whose argument is a pointer.
@@ -150,6 +152,26 @@ pub(crate) fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
 pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
     // SAFETY: the kernel reads one `kvm_sregs2`, whose size is part of the call number.
     unsafe { vcpu_call(vcpu, KVM_SET_SREGS2, (&raw const *sregs).cast_mut().cast()) }
+}
+
+/// Fills a vCPU's second-level page tables for `size` bytes from `at`, as if it had read there. Linux 6.11, with hardware paging.
+pub(crate) fn pre_fault(vcpu: &VcpuFd, at: GuestAddress, size: ByteSize) -> io::Result<()> {
+    let mut range = kvm_pre_fault_memory { gpa: at.get(), size: size.get(), ..Default::default() };
+    // The kernel takes what it has done off the range, and may stop for a signal.
+    while range.size > 0 {
+        let before = range.size;
+        fault::check(Call::Kvm)?;
+        // SAFETY: the kernel reads and writes one `kvm_pre_fault_memory`, whose size is part of the call number. What it maps is
+        // what the vCPU could reach anyway.
+        match unsafe { vcpu_call(vcpu, KVM_PRE_FAULT_MEMORY, (&raw mut range).cast()) } {
+            Err(error) if !matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                return Err(error);
+            }
+            Ok(()) if range.size >= before => return Err(io::ErrorKind::InvalidData.into()),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// A kernel structure that is nothing but its bytes.

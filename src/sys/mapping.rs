@@ -17,15 +17,11 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-#[cfg(test)]
 use rustix::io::Errno;
-#[cfg(test)]
 use rustix::mm::Advice as Madvise;
 use rustix::mm::MapFlags;
 
-use super::error::SysError;
-#[cfg(test)]
-use super::error::checked_errno;
+use super::error::{SysError, checked_errno};
 use super::fault::Call;
 use super::memfd::{FileId, Memfd, SealedMemfd};
 use super::reservation::{Hole, Reservation};
@@ -47,11 +43,12 @@ pub(crate) enum Placement {
 }
 
 /// Which faults [`Mapping::populate`] takes in advance.
-#[cfg(test)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Populate {
     /// Those of reads: shared pages get page-table entries, holes of the file are allocated in the file.
     Read,
+    /// Those of writes: of a private view every page becomes private, with the bytes that it shows.
+    Write,
 }
 
 /// What a mapping shows.
@@ -255,15 +252,14 @@ impl Mapping {
     /// # Errors
     /// [`SysError::Range`], [`SysError::OutOfMemory`], [`SysError::Unsupported`] on an older kernel. A part may have
     /// been populated.
-    #[cfg(test)]
     pub(crate) fn populate(&self, range: PageRange, populate: Populate) -> Result<(), SysError> {
         let advice = match populate {
             Populate::Read => Madvise::LinuxPopulateRead,
+            Populate::Write => Madvise::LinuxPopulateWrite,
         };
         self.madvise(range, advice)
     }
 
-    #[cfg(test)]
     fn madvise(&self, range: PageRange, advice: Madvise) -> Result<(), SysError> {
         let (at, len) = self.offsets(range)?;
         if len == 0 {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::backing::Prefault;
 use crate::page::ByteSize;
 use crate::sys::entropy;
 
@@ -269,6 +270,8 @@ pub struct CloneSpec {
     pub uuid: Option<Uuid>,
     /// What its guest may be told.
     pub config: Config,
+    /// Pages of its RAM to map ahead; none unless given.
+    pub prefault: Option<Prefault>,
 }
 
 impl CloneSpec {

@@ -15,6 +15,7 @@ mod relocate;
 mod reset;
 mod teardown;
 mod timings;
+mod working_set;
 
 pub use commit::CommitError;
 pub use fork::ForkError;
@@ -37,7 +38,7 @@ use parking_lot::Mutex;
 
 use crate::account::{Seat, Usage};
 use crate::admission::{AdmissionError, Needs};
-use crate::backing::{Backing, Tree};
+use crate::backing::{Backing, Prefaulted, Tree};
 use crate::disk::Disk;
 use crate::error::SpaceError;
 use crate::ram::{Ram, RamLayout};
@@ -128,6 +129,7 @@ pub struct Vm<B: Backing> {
     life: Mutex<Life<B>>,
     /// Clones named after this VM, over all its fork points: no two of them get one name.
     clones: Arc<AtomicU64>,
+    prefaulted: Option<Prefaulted>,
     /// Last: what it counts is gone by then.
     _seat: Seat,
 }
@@ -171,7 +173,16 @@ impl<B: Backing> Vm<B> {
         disks: Box<[(DiskName, Arc<Disk>)]>,
         life: Life<B>,
     ) -> Self {
-        Self { tree, identity, ram: Arc::new(ram), disks, life: Mutex::new(life), clones: Arc::default(), _seat: seat }
+        Self {
+            tree,
+            identity,
+            ram: Arc::new(ram),
+            disks,
+            life: Mutex::new(life),
+            clones: Arc::default(),
+            prefaulted: None,
+            _seat: seat,
+        }
     }
 
     /// The fork tree it belongs to.

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::account::{Charge, Item};
 use crate::admission::AdmissionError;
-use crate::backing::{Backing, Sealed, Tree};
+use crate::backing::{Backing, Prefault, Prefaulted, Sealed, Tree};
 use crate::disk::DiskImage;
 use crate::error::SpaceError;
 use crate::page::{ByteSize, PageSet};
@@ -136,8 +136,11 @@ impl<B: Backing> ForkPoint<B> {
         let mappings = parts.disks.iter().map(|(_, image)| image.image().clone_mappings()).sum::<u64>();
         let mappings = mappings.saturating_add(parts.ram.clone_mappings());
         let ledger = &self.0.tree.0;
-        let seat = ledger.admit_vm(ledger.needs_of_clone(mappings, ByteSize::ZERO))?;
+        let size = parts.layout.geometry().page_size();
+        let ready = spec.prefault.as_ref().map_or(ByteSize::ZERO, |prefault| size.size_of(prefault.copies()));
+        let seat = ledger.admit_vm(ledger.needs_of_clone(mappings, ready))?;
         let ram = Ram::over(parts.layout.clone(), ram(&parts.ram)?);
+        let prefaulted = prefault(ram.space(), spec.prefault.as_ref())?;
         let disks = parts.disks.iter().map(|(name, image)| Ok((name.clone(), Arc::new(image.spawn()?))));
         let disks = disks.collect::<Result<_, SpaceError>>()?;
         let identity = spec.identity(|| {
@@ -145,7 +148,8 @@ impl<B: Backing> ForkPoint<B> {
             parts.parent.of_clone(parts.clones.fetch_add(1, Ordering::Relaxed) + 1)
         })?;
         let life = Life { status: VmStatus::Busy, origin: Some(self.clone()) };
-        let clone = Vm::assemble(self.0.tree.clone(), seat, identity, ram, disks, life);
+        let mut clone = Vm::assemble(self.0.tree.clone(), seat, identity, ram, disks, life);
+        clone.prefaulted = prefaulted;
         customize(&clone).map_err(SpawnError::Customize)?;
         clone.life.lock().status = VmStatus::Paused;
         Ok(clone)
@@ -254,6 +258,12 @@ impl<B: Backing> ForkPoint<B> {
         let mut disks = self.0.parts.disks.iter();
         disks.try_for_each(|(name, disk)| disk.image().validate().map_err(|wrong| format!("disk {name}: {wrong}")))
     }
+}
+
+/// Maps ahead what the caller asked for, before anybody can run the clone.
+fn prefault<B: Backing>(space: &B, prefault: Option<&Prefault>) -> Result<Option<Prefaulted>, SpaceError> {
+    let Some(prefault) = prefault else { return Ok(None) };
+    debug_span!("prefault", pages = prefault.set.count().get()).in_scope(|| space.prefault(prefault).map(Some))
 }
 
 const NO_SUCH_DISK: SpaceError = SpaceError::Unrelated("the other fork point has no disk of this name");

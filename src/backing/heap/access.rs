@@ -99,8 +99,9 @@ impl<B: PageBody> State<B> {
     fn private_copy(&self, page: PageIndex, within: usize, data: &[u8]) -> Result<Page<B>, SpaceError> {
         let size = self.page_size();
         let charge = || {
-            let limit = self.tree.limits().heap_pages;
-            self.tree.0.charge_heap_page().ok_or(SpaceError::HeapLimit { limit })
+            let tree = self.origin.tree();
+            let limit = tree.limits().heap_pages;
+            tree.0.charge_heap_page().ok_or(SpaceError::HeapLimit { limit })
         };
         if within == 0 && data.len() as u64 == size.bytes().get() {
             return Ok(Page::from_bytes(size, data, charge()?));

@@ -67,7 +67,6 @@ pub struct Heap<B: PageBody = Page4K> {
 
 /// Everything that the lock guards.
 pub(super) struct State<B: PageBody> {
-    tree: Tree,
     geometry: Geometry,
     origin: HeapImage<B>,
     /// What lies under the live table: the origin's index, with the pages zeroed since.
@@ -92,7 +91,6 @@ impl<B: PageBody> Next<B> {
 impl<B: PageBody> State<B> {
     fn over(origin: HeapImage<B>) -> Self {
         Self {
-            tree: origin.tree().clone(),
             geometry: origin.geometry(),
             below: origin.index().clone(),
             live: Live::new(origin.geometry().pages()),

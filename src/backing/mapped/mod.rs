@@ -29,6 +29,7 @@ mod relocate;
 #[cfg(test)]
 mod tests;
 mod tracker;
+mod working_set;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
@@ -45,7 +46,7 @@ use self::image::is_hole;
 use self::layer::{HOST_PAGE, Layer, Version, host_pages, is_zero, space_pages};
 use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
-use super::{Backing, Sealed, Tree};
+use super::{Backing, Prefault, Prefaulted, Sealed, Tree, WorkingSet};
 use crate::account::Usage;
 use crate::error::{SpaceError, SystemError};
 use crate::image::Source;
@@ -528,6 +529,15 @@ impl Backing for Mapped {
             layers: state.origin.layers(),
             depth: state.origin.depth(),
         })
+    }
+
+    /// The pages that the page tables have: by [`Vm::working_set`](crate::Vm::working_set).
+    fn working_set(&self) -> Result<WorkingSet, SpaceError> {
+        self.shared()?.working_set()
+    }
+
+    fn prefault(&self, prefault: &Prefault) -> Result<Prefaulted, SpaceError> {
+        self.shared()?.prefault(prefault)
     }
 
     fn validate(&self) -> Result<(), String> {

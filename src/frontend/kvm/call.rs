@@ -117,6 +117,8 @@ calls! {
     GetClock = "KVM_GET_CLOCK", "say that the machine has no paravirtual clock";
     /// The opposite.
     SetClock = "KVM_SET_CLOCK", "say that the machine has no paravirtual clock";
+    /// Filling second-level page tables ahead.
+    PreFaultMemory = "KVM_PRE_FAULT_MEMORY", "name only pages that are RAM of this machine";
     /// Running the guest.
     Run = "KVM_RUN", "look at the exit that the vCPU reported last";
 }

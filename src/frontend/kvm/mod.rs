@@ -12,6 +12,7 @@
 //! | `shell.rs` | [`Shell`]: a machine made ahead of need, over a hole in the address space |
 //! | `shell_pool.rs` | [`ShellPool`]: shells in store, refilled in the background |
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
+//! | `prefault.rs` | [`prefault_second_level`]: page tables of the guest's, filled ahead |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
 //! | `vcpu.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
@@ -50,6 +51,7 @@ mod exit;
 mod host;
 mod machine;
 mod msr;
+mod prefault;
 mod ram;
 mod shell;
 mod shell_pool;
@@ -66,6 +68,7 @@ pub use exit::finish_exit;
 pub use host::KvmHost;
 pub use machine::{MachinePlan, MachineState, Omission};
 pub use msr::{MsrIndex, MsrPlan};
+pub use prefault::{SecondLevel, prefault_second_level};
 pub use ram::{AnonymousRam, DirtyLog, HostMemory, RamSlot, SlotNumber};
 pub use shell::{Shell, ShellError, ShellShape};
 pub use shell_pool::{PoolLimits, PoolStats, ShellPool};

@@ -1,0 +1,95 @@
+//! A KVM guest that writes one word to each of so many pages, then sends a byte to a port, for ever. Must not measure.
+
+use std::sync::Arc;
+
+use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+use offshoot::backing::Mapped;
+use offshoot::frontend::kvm::{Devices, KvmHost, KvmMachine, MachinePlan, MachineState, VmBuilder};
+use offshoot::page::{ByteSize, GuestAddress};
+use offshoot::{AtRest, DeviceState, ForkPoint, Vm, VmName};
+
+use super::report::Skip;
+use super::subject::{PAGE, tree};
+use super::tiny_guest::{layout, run_once};
+
+const CODE: u64 = 0x6000;
+/// The first page that it writes.
+pub const FIRST: u64 = 0x10_0000 / PAGE;
+
+/// 32-bit protected mode, no paging.
+fn program(pages: u32) -> Vec<u8> {
+    let mut code = vec![0xb9]; // mov ecx, pages
+    code.extend(pages.to_le_bytes());
+    code.push(0xbb); // mov ebx, FIRST
+    code.extend(((FIRST * PAGE) as u32).to_le_bytes());
+    code.extend([0x89, 0x0b]); // mov [ebx], ecx
+    code.extend([0x81, 0xc3, 0x00, 0x10, 0x00, 0x00]); // add ebx, 0x1000
+    code.extend([0x49, 0x75, 0xf5]); // dec ecx; jnz to the mov
+    code.extend([0xe6, 0x10]); // out 0x10, al
+    code.extend([0xeb, 0xe7]); // jmp to the start
+    code
+}
+
+/// A fork point whose clones are to write `pages` pages as soon as they run, and the machines for them.
+pub struct Toucher {
+    pub host: Arc<KvmHost>,
+    pub point: ForkPoint<Mapped>,
+    state: Arc<MachineState>,
+}
+
+impl Toucher {
+    pub fn new(size: ByteSize, pages: u64) -> Result<Self, Skip> {
+        let host = KvmHost::open().map_err(|error| Skip::new(error.to_string()))?;
+        let vm: Vm<Mapped> = Vm::new(&tree(), VmName::new("toucher")?, layout(size)?, vec![])?;
+        let block = vec![0x5a; 1 << 20];
+        for at in (0..size.get()).step_by(block.len()) {
+            vm.ram().write(GuestAddress::new(at), &block)?;
+        }
+        vm.ram().write(GuestAddress::new(CODE), &program(u32::try_from(pages)?))?;
+        let machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(1)?;
+        flat(&host, &machine.vcpus()[0])?;
+        let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE)?;
+        let state = Arc::new(MachineState::capture(&plan, machine.vm(), machine.vcpus())?);
+        drop(machine);
+        vm.start()?;
+        let point = vm.fork(&mut AtRest(DeviceState::from_object(state.clone())))?;
+        point.teardown().wait();
+        Ok(Self { host, point, state })
+    }
+
+    /// A machine for a clone, ready to run.
+    pub fn machine(&self, clone: &Vm<Mapped>) -> Result<KvmMachine, Skip> {
+        let built = VmBuilder::new(&self.host)?.engine_ram(clone.ram())?.devices(Devices::NONE)?;
+        let machine = built.vcpus(1)?;
+        self.state.restore(&self.host, machine.vm(), machine.vcpus())?;
+        Ok(machine)
+    }
+
+    /// Has a machine's guest touch all its pages.
+    pub fn run(machine: &mut KvmMachine) {
+        run_once(&mut machine.vcpus_mut()[0]);
+    }
+}
+
+fn flat(host: &KvmHost, vcpu: &VcpuFd) -> Result<(), Skip> {
+    vcpu.set_cpuid2(host.supported_cpuid())?;
+    let mut sregs = vcpu.get_sregs()?;
+    let segment = |selector, type_| kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = segment(8, 0xb);
+    [sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss] = [segment(16, 3); 5];
+    sregs.cr0 |= 1;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rsp: 0x5000, ..Default::default() })?;
+    Ok(())
+}
