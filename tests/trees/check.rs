@@ -50,16 +50,24 @@ impl<B: Backing> Machine<B> {
             handle.read(Lba::ZERO, &mut found).expect("all of a disk can be read");
             same(name, &self.now.disks[disk], &found);
             let was = self.origin.as_ref().map(|origin| &origin.at.disks[disk]);
-            check_usage(handle.usage().expect("usage"), &self.now.disks[disk], was, was);
+            let settled = self.settled.as_ref().map(|settled| &settled.disks[disk]);
+            check_usage(handle.usage().expect("usage"), &self.now.disks[disk], was, settled);
             if let Some(was) = was {
                 let dirty = handle.dirty().expect("dirty");
-                let (must, may) = (self.now.disks[disk].changed(was), self.now.disks[disk].touched(was));
+                // Pages that stayed private when a layer could not be laid over them count as written.
+                let since = settled.unwrap_or(was);
+                let (must, may) = (self.now.disks[disk].changed(was), self.now.disks[disk].touched(since));
                 assert!(must.pages().all(|page| dirty.contains(page)), "{dirty:?} must name {must:?}");
                 assert!(dirty.pages().all(|page| may.contains(page)), "{dirty:?} names more than {may:?}");
             }
         }
         let was = self.origin.as_ref().map(|origin| &origin.at.ram);
-        check_usage(self.vm.ram().usage().expect("usage"), &self.now.ram, was, self.settled.as_ref());
+        check_usage(
+            self.vm.ram().usage().expect("usage"),
+            &self.now.ram,
+            was,
+            self.settled.as_ref().map(|settled| &settled.ram),
+        );
         if let Some(was) = was {
             let (dirty, must) = (self.vm.ram().space().dirty().expect("dirty"), self.now.ram.changed(was));
             assert!(must.pages().all(|page| dirty.contains(page)), "{dirty:?} must name {must:?}");

@@ -37,7 +37,8 @@ impl<B: Ways> World<B> {
             Err(_) => "cut undone",
         });
         let left = if frozen { VmStatus::Frozen } else { before };
-        self.after_cut(at, result, left, Leaves::NothingPrivate, |error| {
+        let expected = Expected { left, leaves: Leaves::NothingPrivate, may_strand: false };
+        self.after_cut(at, result, expected, |error| {
             matches!(error, ForkError::Pause(_) | ForkError::Save(_)) && matches!(goes, Goes::Wrong(_))
         });
     }
@@ -73,8 +74,14 @@ impl<B: Ways> World<B> {
             (Err(ForkError::Cut(_)), _) => "refused by the system",
             (Err(_), _) => "cut undone",
         });
-        let leaves = if course.way == Way::Live { Leaves::CopiedPrivate } else { Leaves::NothingPrivate };
-        self.after_cut(at, result, before, leaves, |error| match error {
+        let leaves = match course.way {
+            _ if course.refused.is_some() => Leaves::AnyPrivate,
+            Way::Live => Leaves::CopiedPrivate,
+            Way::Moving | Way::LiveMoving => Leaves::NothingPrivate,
+        };
+        // Undone for one reason, and then not resumed.
+        let may_strand = matches!(goes, Goes::Wrong(_)) && (course.refused.is_some() || course.gives_up);
+        self.after_cut(at, result, Expected { left: before, leaves, may_strand }, |error| match error {
             ForkError::Pause(_) | ForkError::Save(_) | ForkError::Relocate(_) => matches!(goes, Goes::Wrong(_)),
             ForkError::Hole(_) => matches!(goes, Goes::Wrong(_)) || course.refused.is_some(),
             ForkError::PauseTooLong { .. } => course.gives_up && course.way != Way::Moving,
@@ -88,11 +95,11 @@ impl<B: Ways> World<B> {
         &mut self,
         at: usize,
         result: Result<ForkPoint<B>, ForkError>,
-        left: VmStatus,
-        leaves: Leaves,
+        expected: Expected,
         may_fail: impl Fn(&ForkError) -> bool,
     ) {
         let id = self.fresh_id();
+        let Expected { left, leaves, may_strand } = expected;
         let machine = &mut self.vms[at];
         machine.guest.fail_nth_call(0, Trouble::Error);
         let before = machine.status;
@@ -125,7 +132,11 @@ impl<B: Ways> World<B> {
             Err(error) => {
                 assert!(legal && may_fail(&error), "{error}");
                 let runs = machine.guest.runs();
-                assert_eq!(runs, before == VmStatus::Running, "an undone fork leaves the guest as it was");
+                if may_strand && before == VmStatus::Running && !runs {
+                    machine.status = VmStatus::Paused;
+                } else {
+                    assert_eq!(runs, before == VmStatus::Running, "an undone fork leaves the guest as it was");
+                }
                 None
             }
         };
@@ -152,7 +163,7 @@ impl<B: Ways> World<B> {
             Ok(vm) => {
                 let guest = ScriptedGuest::loaded(&vm.device_state().expect("a clone has state to be loaded with"));
                 let now = from.known.at.clone();
-                let (origin, settled) = (Some(from.known.clone()), Some(now.ram.clone()));
+                let (origin, settled) = (Some(from.known.clone()), Some(now.clone()));
                 let machine = Machine { vm, guest, now, status: VmStatus::Paused, origin, settled };
                 machine.check();
                 self.vms.push(machine);
@@ -280,18 +291,31 @@ impl<B: Ways> World<B> {
     }
 }
 
-/// What a fork leaves to its parent.
+/// What is to come of a cut.
+struct Expected {
+    /// The VM's status if it is made.
+    left: VmStatus,
+    leaves: Leaves,
+    /// Whether the guest may stand still if it is undone, because it cannot be resumed either.
+    may_strand: bool,
+}
+
+/// What a fork leaves to its parent, unless it was the first.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leaves {
     NothingPrivate,
-    /// The pages that were copied stay private, unless it was the first.
+    /// The pages of RAM that were copied stay private.
     CopiedPrivate,
+    /// A call failed that might have been one that lays layers over pages: they stay private then.
+    AnyPrivate,
 }
 
 impl<B: Backing> Machine<B> {
     fn settle(&mut self, leaves: Leaves) {
-        if leaves == Leaves::NothingPrivate || self.settled.is_none() {
-            self.settled = Some(self.now.ram.clone());
+        match (&mut self.settled, leaves) {
+            (Some(_), Leaves::AnyPrivate) => {}
+            (Some(settled), Leaves::CopiedPrivate) => settled.disks.clone_from(&self.now.disks),
+            (settled, _) => *settled = Some(self.now.clone()),
         }
     }
 

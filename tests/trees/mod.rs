@@ -85,8 +85,8 @@ pub struct Machine<B: Backing> {
     pub now: Contents,
     pub status: VmStatus,
     pub origin: Option<Origin>,
-    /// RAM as it was when nothing of it was private: what was written since may be, even if a live fork has copied it.
-    pub settled: Option<Flat>,
+    /// RAM and disks as they were when nothing of them was private: what was written since may be, even if a fork has copied it.
+    pub settled: Option<Contents>,
 }
 
 /// What a VM remembers of the fork point that it lies on.
