@@ -50,6 +50,7 @@ mod figures {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod toucher;
     pub mod tree;
+    pub mod trees;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod writer;
 }
@@ -116,6 +117,9 @@ const FIGURES: &[Figure] = &[
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
+    Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
+    Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];

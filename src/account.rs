@@ -46,7 +46,7 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// No bound on heap pages, depth or VMs, 8,192 mappings a VM, 256 layers an image; merging over 32 layers or 4,096 mappings; 256 MiB
+    /// No bound on heap pages, depth or VMs, 8,192 mappings a VM, 256 layers an image; merging over 32 layers or 2,048 mappings; 256 MiB
     /// of device state, and admission as it is by default.
     fn default() -> Self {
         Self {
@@ -54,7 +54,7 @@ impl Default for Limits {
             mappings_per_vm: 8192,
             layers_per_image: 256,
             merge_over_layers: 32,
-            merge_over_mappings: 4096,
+            merge_over_mappings: 2048,
             depth: u32::MAX,
             device_state: ByteSize::mib(256),
             vms: u64::MAX,

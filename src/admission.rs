@@ -22,9 +22,9 @@ use crate::page::ByteSize;
 
 /// When one more is refused, for want of room in this process or on this host. Part of [`Limits`](crate::Limits).
 ///
-/// What everybody holds is looked at every 100 ms at most, by a thread of its own; what is let in between is counted. A refusal
-/// is never older than 10 ms. Trees of one process learn of each other by those looks only, so VMs that come in bursts belong into
-/// one [`Tree`](crate::Tree).
+/// What everybody holds is looked at every 100 ms at most, by a thread of its own; what is let in between is counted. Before a
+/// refusal it is looked at again, unless that was done within 10 ms, or ten times what a look takes. Trees of one process learn of
+/// each other by those looks only, so VMs that come in bursts belong into one [`Tree`](crate::Tree).
 ///
 /// ```
 /// use offshoot::{Admission, Limits, page::ByteSize};

@@ -58,7 +58,7 @@ impl Tree {
     }
 
     /// Memory that the sealed layers of mapped RAM take in all, as the kernel counts it: shared by every clone, counted once. One call to
-    /// the kernel for each file.
+    /// the kernel for each file. A layer that was merged away and that only running VMs still show is not counted.
     pub fn memory_file_bytes(&self) -> ByteSize {
         self.0.file_bytes()
     }

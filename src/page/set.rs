@@ -104,6 +104,12 @@ impl PageSet {
         out
     }
 
+    /// The pages in both sets. O(runs of both).
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        self.difference(&self.difference(other))
+    }
+
     /// The set with every gap of at most `pages` between two of its runs filled in.
     #[must_use]
     pub fn closing_gaps(&self, pages: PageCount) -> Self {
@@ -173,6 +179,8 @@ mod tests {
             assert_eq!(set(&a).union(&set(&b)), set(&both));
             let only: BTreeSet<u64> = a.difference(&b).copied().collect();
             assert_eq!(set(&a).difference(&set(&b)), set(&only));
+            let in_both: BTreeSet<u64> = a.intersection(&b).copied().collect();
+            assert_eq!(set(&a).intersection(&set(&b)), set(&in_both));
             let (from, to) = (random(), random());
             let range = PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to));
             let inside = a.iter().filter(|page| range.contains(PageIndex::new(**page))).count() as u64;

@@ -37,7 +37,7 @@ impl<B: Ways> World<B> {
             Err(_) => "cut undone",
         });
         let left = if frozen { VmStatus::Frozen } else { before };
-        let expected = Expected { left, leaves: Leaves::NothingPrivate, may_strand: false };
+        let expected = Expected { left, leaves: Leaves::Nothing, may_strand: false };
         self.after_cut(at, result, expected, |error| {
             matches!(error, ForkError::Pause(_) | ForkError::Save(_)) && matches!(goes, Goes::Wrong(_))
         });
@@ -75,9 +75,9 @@ impl<B: Ways> World<B> {
             (Err(_), _) => "cut undone",
         });
         let leaves = match course.way {
-            _ if course.refused.is_some() => Leaves::AnyPrivate,
-            Way::Live => Leaves::CopiedPrivate,
-            Way::Moving | Way::LiveMoving => Leaves::NothingPrivate,
+            _ if course.refused.is_some() => Leaves::Anything,
+            Way::Live => Leaves::Copied,
+            Way::Moving | Way::LiveMoving => Leaves::Nothing,
         };
         // Undone for one reason, and then not resumed.
         let may_strand = matches!(goes, Goes::Wrong(_)) && (course.refused.is_some() || course.gives_up);
@@ -300,21 +300,21 @@ struct Expected {
     may_strand: bool,
 }
 
-/// What a fork leaves to its parent, unless it was the first.
+/// What a fork leaves private to its parent, unless it was the first.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leaves {
-    NothingPrivate,
-    /// The pages of RAM that were copied stay private.
-    CopiedPrivate,
+    Nothing,
+    /// The pages of RAM that were copied.
+    Copied,
     /// A call failed that might have been one that lays layers over pages: they stay private then.
-    AnyPrivate,
+    Anything,
 }
 
 impl<B: Backing> Machine<B> {
     fn settle(&mut self, leaves: Leaves) {
         match (&mut self.settled, leaves) {
-            (Some(_), Leaves::AnyPrivate) => {}
-            (Some(settled), Leaves::CopiedPrivate) => settled.disks.clone_from(&self.now.disks),
+            (Some(_), Leaves::Anything) => {}
+            (Some(settled), Leaves::Copied) => settled.disks.clone_from(&self.now.disks),
             (settled, _) => *settled = Some(self.now.clone()),
         }
     }

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::Mapped;
-use super::layer::{Content, Family, Layer, LayerBuilder, Version, host_pages, space_pages};
+use super::layer::{Content, Family, Layer, LayerBuilder, Version, host_pages};
 use super::layer_map::LayerMap;
 use super::merge::{self, Due, Laid};
 use crate::account::{Charge, Item};
@@ -172,20 +172,20 @@ impl MappedImage {
         Ok(Mapping::map_layers(&base.file, &extents, self.0.geometry.len(), place)?)
     }
 
-    /// The pages of `range` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
-    pub(super) fn data_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+    /// Those of `pages` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
+    pub(super) fn data_in(&self, pages: &PageSet) -> Result<PageSet, SpaceError> {
         let Some(map) = self.map() else {
-            return Ok(PageSet::from(self.base_pages().intersect(range)));
+            return Ok(pages.intersection(&PageSet::from(self.base_pages())));
         };
+        let mut known = PageSet::new();
+        for (run, state) in pages.runs().flat_map(|run| self.0.index.runs(run)) {
+            if !is_hole(state) {
+                known.push(run);
+            }
+        }
         let mut data = PageSet::new();
-        for (run, state) in self.0.index.runs(range) {
-            if is_hole(state) {
-                continue;
-            }
-            for (piece, layer) in map.runs(run) {
-                let held = space_pages(self.0.geometry, &layer.file.data_in(host_pages(self.0.geometry, piece))?);
-                held.runs().for_each(|run| data.push(run));
-            }
+        for (layer, there) in map.by_layer(&known) {
+            data = data.union(&merge::held_by(layer, self.0.geometry, &there)?);
         }
         Ok(data)
     }
@@ -270,7 +270,7 @@ impl Sealed for MappedImage {
     fn flatten(&self) -> Result<Self, SpaceError> {
         let (tree, geometry) = (&self.0.tree, self.0.geometry);
         let mut builder = LayerBuilder::new(tree, geometry)?;
-        builder.copy_from_image(self, geometry.all())?;
+        builder.copy_from_image(self, &PageSet::from(geometry.all()))?;
         let built = builder.finish()?;
         let family: Arc<Family> = Arc::default();
         let mut index = Index::uniform(geometry.pages(), &PageState::Absent);
@@ -287,9 +287,7 @@ impl Sealed for MappedImage {
         let lineage = ancestor.0.lineage.child(tree.limits().depth)?;
         let moved = self.0.index.diff(&ancestor.0.index);
         let mut builder = LayerBuilder::new(tree, geometry)?;
-        for run in moved.runs() {
-            builder.copy_from_image(self, run)?;
-        }
+        builder.copy_from_image(self, &moved)?;
         let layer = builder.finish()?.layer;
         let laid = match &ancestor.0.laid {
             // Everything differs from what names no layer.

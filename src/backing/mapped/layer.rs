@@ -207,25 +207,18 @@ impl LayerBuilder {
         self.holes.push(range);
     }
 
-    /// Copies `range` from an image, which says where there is anything to copy. Runs are to come in ascending order.
-    pub(super) fn copy_from_image(&mut self, image: &MappedImage, range: PageRange) -> Result<(), SpaceError> {
+    /// Copies pages from an image, which says where there is anything to copy. Once, and nothing else with it.
+    pub(super) fn copy_from_image(&mut self, image: &MappedImage, pages: &PageSet) -> Result<(), SpaceError> {
         let size = self.geometry.page_size();
         let mut bytes = vec![0; size.bytes().get() as usize];
-        let mut done = range.start();
-        for run in image.data_in(range)?.runs() {
-            self.holes.push(PageRange::from_bounds(done, run.start()));
-            for page in run.iter() {
-                image.read(size.start_of(page), &mut bytes)?;
-                if is_zero(&bytes) {
-                    self.holes.push(PageRange::one(page));
-                } else {
-                    self.file.write_at(size.start_of(page), &bytes)?;
-                    self.data.push(PageRange::one(page));
-                }
+        for page in image.data_in(pages)?.pages() {
+            image.read(size.start_of(page), &mut bytes)?;
+            if !is_zero(&bytes) {
+                self.file.write_at(size.start_of(page), &bytes)?;
+                self.data.push(PageRange::one(page));
             }
-            done = run.end();
         }
-        self.holes.push(PageRange::from_bounds(done, range.end()));
+        self.holes = pages.difference(&self.data);
         Ok(())
     }
 

@@ -103,6 +103,27 @@ impl LayerMap {
             .filter(|(run, _)| !run.is_empty())
     }
 
+    /// Which of these pages lie on each layer that any of them lies on.
+    pub(super) fn by_layer(&self, pages: &PageSet) -> Vec<(&Arc<Layer>, PageSet)> {
+        let mut there = vec![PageSet::new(); self.layers.len()];
+        let mut extents = self.all().peekable();
+        for run in pages.runs() {
+            while let Some((extent, layer)) = extents.peek().copied().filter(|(extent, _)| extent.start() < run.end()) {
+                let here = extent.intersect(run);
+                if !here.is_empty() {
+                    there[layer].push(here);
+                }
+                // One that reaches past this run may meet the next one too.
+                if extent.end() > run.end() {
+                    break;
+                }
+                extents.next();
+            }
+        }
+        let all = self.layers.iter().map(|held| &held.layer).zip(there);
+        all.filter(|(_, pages)| !pages.is_empty()).collect()
+    }
+
     /// The layer to map first, over everything, and the extents to lay over it: every piece of the layer in most pieces is one saved.
     pub(super) fn plan(&self) -> (&Arc<Layer>, Vec<(PageRange, &Arc<Layer>)>) {
         let most = self.layers.iter().enumerate().max_by_key(|(_, held)| (held.extents, held.pages));
@@ -321,6 +342,13 @@ mod tests {
                 let part = range(from, (from + len).min(PAGES));
                 let runs: Vec<_> = map.runs(part).collect();
                 assert_eq!(runs.iter().map(|(run, _)| run.count().get()).sum::<u64>(), part.count().get());
+                let some = random_pages(&mut random);
+                let mut found = PageSet::new();
+                for (layer, pages) in map.by_layer(&some) {
+                    assert!(pages.pages().all(|page| model[page.get() as usize] == Arc::as_ptr(layer)));
+                    found = found.union(&pages);
+                }
+                assert_eq!(found, some);
                 let (under, over) = map.plan();
                 let mut mapped = vec![Arc::as_ptr(under); PAGES as usize];
                 over.iter().for_each(|(run, layer)| lay(&mut mapped, &PageSet::from(*run), layer));

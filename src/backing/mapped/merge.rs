@@ -13,12 +13,12 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::layer::{Family, Layer, host_pages, in_batches, seal_file};
+use super::layer::{Family, Layer, host_pages, in_batches, seal_file, space_pages};
 use super::layer_map::LayerMap;
 use crate::account::Limits;
 use crate::backing::Tree;
 use crate::error::SpaceError;
-use crate::page::{Geometry, PageSet};
+use crate::page::{Geometry, PageRange, PageSet};
 use crate::sys::mapping::{Mapping, Placement};
 use crate::sys::memfd::Memfd;
 
@@ -113,31 +113,19 @@ impl Laid {
     fn gather(self: &Arc<Self>, map: &LayerMap, pages: &PageSet) -> Result<(), SpaceError> {
         let _span = tracing::debug_span!("merge", pages = pages.count().get(), layers = map.layers()).entered();
         let file = Memfd::create("offshoot-layer", self.geometry.len())?;
-        let mut views: Vec<(Arc<Layer>, Mapping)> = Vec::new();
-        for (piece, layer) in pages.runs().flat_map(|run| map.runs(run)) {
+        for (from, there) in map.by_layer(pages) {
             // Nothing in it, but pages that somebody read.
-            if self.family.is_zero(layer) {
+            if self.family.is_zero(from) {
                 continue;
             }
-            let at = match views.iter().position(|(seen, _)| Arc::ptr_eq(seen, layer)) {
-                Some(at) => at,
-                None => {
-                    views.push((
-                        layer.clone(),
-                        Mapping::map_private(&layer.file, self.geometry.len(), Placement::Anywhere)?,
-                    ));
-                    views.len() - 1
-                }
-            };
             // By what the file holds: reading a hole through a mapping would make the kernel allocate it.
-            for data in layer.file.data_in(host_pages(self.geometry, piece))?.runs() {
-                for batch in in_batches(data) {
-                    // Only this merge still has it.
-                    if Arc::strong_count(self) == 1 {
-                        return Ok(());
-                    }
-                    file.write_at_from(&views[at].1, batch)?;
+            let (there, view) = (held_by(from, self.geometry, &there)?, view_of(from, self.geometry)?);
+            for batch in there.runs().flat_map(in_batches) {
+                // Only this merge still has it.
+                if Arc::strong_count(self) == 1 {
+                    return Ok(());
                 }
+                file.write_at_from(&view, host_pages(self.geometry, batch))?;
             }
         }
         let layer = Layer::new(&self.tree, seal_file(file)?);
@@ -145,6 +133,20 @@ impl Laid {
         *self.now.write() = Arc::new(merged);
         Ok(())
     }
+}
+
+fn view_of(layer: &Layer, geometry: Geometry) -> Result<Mapping, SpaceError> {
+    Ok(Mapping::map_private(&layer.file, geometry.len(), Placement::Anywhere)?)
+}
+
+/// The pages of these that a layer holds anything for. Asks once for all of them: a question about a part of a file that is full costs
+/// as much as one about all that comes after.
+pub(super) fn held_by(layer: &Layer, geometry: Geometry, pages: &PageSet) -> Result<PageSet, SpaceError> {
+    let mut runs = pages.runs();
+    let Some(first) = runs.next() else { return Ok(PageSet::new()) };
+    let hull = PageRange::from_bounds(first.start(), runs.last().unwrap_or(first).end());
+    let held = space_pages(geometry, &layer.file.data_in(host_pages(geometry, hull))?);
+    Ok(pages.intersection(&held))
 }
 
 impl Drop for Due {

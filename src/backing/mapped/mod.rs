@@ -11,7 +11,7 @@
 //! handler to wait for, and pages that are only read stay one physical copy. Which pages a VM has of its own is asked of the kernel's
 //! page tables. Host addresses are stable through forks and resets; a cut that moves the space ([`relocate`]) changes them.
 //!
-//! `shown` is the index of what lies under the private pages. It is the origin's, but for pages zeroed since, and after a live fork for
+//! `shown` is the index of what lies under the private pages: versions, whichever layers show them ([`merge`] moves them). It is the origin's, but for pages zeroed since, and after a live fork for
 //! the pages that it copied: those stay private, with the origin's bytes, until they are written or a plain fork lays the layers over them.
 //!
 //! Locking: `state` is held shared by every access through this type, exclusively by cut, reset and zero. vCPUs go through host
@@ -271,7 +271,7 @@ impl State {
         let text = |error: SpaceError| error.to_string();
         let (all, size) = (self.geometry().all(), self.geometry().page_size());
         // Reading what no layer holds would make the kernel allocate it.
-        let held = self.origin.data_in(all).map_err(text)?;
+        let held = self.origin.data_in(&PageSet::from(all)).map_err(text)?;
         let other = self.shown.diff(self.origin.index()).union(&self.private_pages().map_err(text)?);
         let (mut own, mut origin) = (vec![0; size.bytes().get() as usize], vec![0; size.bytes().get() as usize]);
         for page in held.difference(&other).pages() {
