@@ -36,6 +36,8 @@ mod figures {
     #[cfg(target_os = "linux")]
     pub mod process;
     pub mod report;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod reset;
     pub mod sample;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
@@ -105,6 +107,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "refork", what: "mapped face: cutting a clone that has written", run: linux!(mapped::refork) },
     Figure { name: "first-write", what: "mapped face: breaking sharing", run: linux!(mapped::first_write) },
     Figure { name: "reset", what: "mapped face: dropping what a clone wrote", run: linux!(mapped::reset) },
+    Figure { name: "reset-vcpu", what: "KVM: a machine back at its fork point, in place", run: kvm!(reset::vcpu) },
     Figure { name: "memory", what: "engine memory of an idle clone", run: figures::spawn::memory },
     Figure {
         name: "kvm",
