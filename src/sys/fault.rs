@@ -26,7 +26,7 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
-    /// Any call that creates a part of a KVM machine ahead of need.
+    /// Any call on a KVM machine that makes a part of it ahead of need, moves its registers or reads its log.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
 }
