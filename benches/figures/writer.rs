@@ -9,7 +9,7 @@ use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    KvmHost, KvmMachine, MachinePlan, MachineState, Shell, ShellPool, ShellShape, VcpuIndex, VmBuilder, finish_exit,
+    KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress};
 use offshoot::ram::Ram;
@@ -239,9 +239,7 @@ impl Guest for Hands<'_> {
     fn save(&mut self) -> Result<DeviceState, BoxError> {
         let plan = self.subject.plan.as_ref();
         match (self.cpu()?, plan) {
-            (Cpu::Vcpu(machine), Some(plan)) => {
-                Ok(DeviceState::from_object(Arc::new(MachineState::capture(plan, machine.vm(), machine.vcpus())?)))
-            }
+            (Cpu::Vcpu(machine), Some(plan)) => Ok(DeviceState::from_object(Arc::new(machine.capture(plan)?))),
             _ => Ok(DeviceState::from_bytes(vec![0; 64])),
         }
     }
