@@ -18,10 +18,14 @@ mod figures {
     pub mod alloc;
     #[cfg(target_os = "linux")]
     pub mod bare;
+    #[cfg(target_os = "linux")]
+    pub mod checks;
     pub mod disk;
     pub mod heap;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod kvm;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod live;
     #[cfg(target_os = "linux")]
     pub mod many;
     #[cfg(target_os = "linux")]
@@ -37,6 +41,10 @@ mod figures {
     pub mod sample;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
+    #[cfg(target_os = "linux")]
+    #[allow(dead_code, unused_imports, reason = "the tests that share it use more of it")]
+    #[path = "../../tests/soak/mod.rs"]
+    pub mod soak;
     pub mod spawn;
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -45,6 +53,8 @@ mod figures {
     pub mod toucher;
     pub mod tree;
     pub mod trees;
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub mod writer;
 }
 
 use std::process::ExitCode;
@@ -106,12 +116,14 @@ const FIGURES: &[Figure] = &[
     },
     Figure { name: "shell-pause", what: "KVM: the parent's pause in a first fork", run: kvm!(shells::pause) },
     Figure { name: "shell-spawn", what: "KVM: a clone in a shell to its first instruction", run: kvm!(shells::spawn) },
+    Figure { name: "live", what: "the parent's pause in a re-fork, its guest writing on", run: kvm!(live::live) },
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
+    Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 

@@ -101,8 +101,8 @@ pub use vm::Relocate;
 pub use vm::{
     AtRest, BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, Fallback, ForkError,
     ForkPoint, ForkTimings, GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff,
-    PrecopyEnd, PrecopyRound, PrecopyTimings, ResetError, Rewind, SpawnError, StateObject, Teardown, Uuid, Vm, VmName,
-    VmStatus, VmUsage,
+    PrecopyEnd, PrecopyRound, PrecopyTimings, PutOff, ResetError, Rewind, SpawnError, StateObject, Teardown, Uuid, Vm,
+    VmName, VmStatus, VmUsage,
 };
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::{LivePolicy, OnExceeded};

@@ -19,7 +19,7 @@ pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Wo
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use mapped::{AddressHole, HostRange, Mapped, MappedCut, MappedImage, PlacedRam};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
+pub(crate) use mapped::{Begun, NoCut, Onward, PauseBound, Precopy, RamMapping, Round};
 pub use working_set::{Prefault, Prefaulted, WorkingSet};
 
 use std::fmt;
@@ -193,8 +193,9 @@ pub trait Cut {
 /// Work that a cut put off. Dropping it does the work, on whatever thread drops it.
 #[derive(Default)]
 pub struct Deferred {
-    _work: Option<Box<dyn Send>>,
+    work: Option<Box<dyn Send>>,
     cost: Cost,
+    what: &'static str,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -207,12 +208,28 @@ enum Cost {
 impl Deferred {
     /// Puts off dropping `work` that takes microseconds: a fork does it before it returns.
     pub fn cheap(work: impl Send + 'static) -> Self {
-        Self { _work: Some(Box::new(work)), cost: Cost::Cheap }
+        Self { work: Some(Box::new(work)), cost: Cost::Cheap, what: "" }
     }
 
     /// Puts off dropping `work` that takes long, such as page tables to tear down: a fork does it on a thread of its own.
     pub fn costly(work: impl Send + 'static) -> Self {
-        Self { _work: Some(Box::new(work)), cost: Cost::Costly }
+        Self { work: Some(Box::new(work)), cost: Cost::Costly, what: "" }
+    }
+
+    /// Says what it is, for the account that [`ForkPoint::teardown`](crate::ForkPoint::teardown) gives.
+    #[must_use]
+    pub fn named(self, what: &'static str) -> Self {
+        Self { what, ..self }
+    }
+
+    /// What it is; empty where nobody said.
+    pub fn what(&self) -> &'static str {
+        self.what
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.work.is_none()
     }
 
     /// Whether it wants a thread of its own.
@@ -223,7 +240,7 @@ impl Deferred {
 
 impl fmt::Debug for Deferred {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Deferred({:?})", self.cost)
+        write!(f, "Deferred({:?}, {:?})", self.cost, self.what)
     }
 }
 

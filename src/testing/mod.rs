@@ -24,6 +24,8 @@ mod dice;
 pub mod faults;
 mod guest;
 mod host;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub mod live;
 mod model;
 mod pair;
 

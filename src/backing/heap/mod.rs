@@ -263,7 +263,8 @@ impl<B: PageBody> Cut for HeapCut<'_, B> {
         // The old tables name what the image owns now; freeing them costs by what was written, so the caller says when.
         let old = self.old.take();
         let many = old.as_ref().is_some_and(|old| old.live.count() > CHEAP_TO_FREE);
-        (self.sealed.clone(), if many { Deferred::costly(old) } else { Deferred::cheap(old) })
+        let deferred = if many { Deferred::costly(old) } else { Deferred::cheap(old) };
+        (self.sealed.clone(), deferred.named("old table"))
     }
 }
 
