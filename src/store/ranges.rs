@@ -27,6 +27,9 @@ impl Ranges {
     }
 
     pub(super) fn remove(&mut self, range: PageRange) {
+        if range.is_empty() {
+            return;
+        }
         let (start, end) = (range.start().get(), range.end().get());
         while let Some((&at, &to)) = self.0.range(..end).next_back().filter(|(_, to)| **to > start) {
             self.0.remove(&at);
