@@ -46,6 +46,8 @@ mod figures {
     #[path = "../../tests/soak/mod.rs"]
     pub mod soak;
     pub mod spawn;
+    #[cfg(unix)]
+    pub mod store;
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod tiny_guest;
@@ -81,6 +83,18 @@ macro_rules! linux {
 macro_rules! linux {
     ($($path:tt)*) => {
         |_, _| Err(figures::report::Skip::new("the mapped backing is Linux only"))
+    };
+}
+
+/// A figure of durable disks: skipped, aloud, where there are none.
+#[cfg(unix)]
+macro_rules! unix {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(unix))]
+macro_rules! unix {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("durable disks are for Unix only"))
     };
 }
 
@@ -120,6 +134,8 @@ const FIGURES: &[Figure] = &[
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "durable", what: "durable disks: random 4 KiB requests", run: unix!(store::requests) },
+    Figure { name: "durable-clone", what: "durable disks: a clone, and verifying a layer", run: unix!(store::clones) },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
