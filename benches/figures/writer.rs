@@ -177,8 +177,13 @@ impl<'p> Subject<'p> {
         Ok(Self { vm, ram, shared, plan, pool: kvm.map(|(_, pool)| pool), thread: Some(thread) })
     }
 
-    /// The guest reads every page: page tables are full, the hypervisor's too.
+    /// Reads every page, so that this process's page tables are full.
     pub fn touch(&self) {
+        Cpu::Host(self.vm.ram().clone()).access(READS_AT, 0, 1, self.ram.get() / PAGE, 0);
+    }
+
+    /// The same by the guest, so that the hypervisor's are.
+    pub fn touch_from_inside(&self) {
         self.shared.take().access(READS_AT, 0, 1, self.ram.get() / PAGE, 0);
     }
 
