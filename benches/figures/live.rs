@@ -141,14 +141,25 @@ fn measure(effort: &Effort, report: &mut Report, ram: ByteSize, case: &Case, kvm
         row(format!("{name}, p99"), tails, goals[1]);
     }
     row(format!("{name}, the engine's cut"), [stats(cut, &timings), stats(cut, &base)], Goal::None);
-    let left = |timings: &ForkTimings| timings.precopy.map_or(0.0, |precopy| precopy.last.pages.get() as f64);
-    report.row(&Row {
-        case: format!("{name}, pages left for the pause"),
-        unit: Unit::Count,
-        stats: stats(left, &timings),
-        baseline: None,
-        goal: Goal::None,
-    });
+    // What the rounds after the first found is what was written during the fork.
+    let pages = |timings: &ForkTimings| {
+        timings.precopy.map_or((0, 0), |precopy| {
+            let again: u64 = precopy.rounds().iter().skip(1).map(|round| round.pages.get()).sum();
+            (again, precopy.last.pages.get())
+        })
+    };
+    let mut count = |what: &str, of: &dyn Fn((u64, u64)) -> u64| {
+        let counts = timings.iter().map(|timings| of(pages(timings)) as f64).collect();
+        report.row(&Row {
+            case: format!("{name}, pages {what}"),
+            unit: Unit::Count,
+            stats: Stats::of(counts),
+            baseline: None,
+            goal: Goal::None,
+        });
+    };
+    count("written meanwhile", &|(again, last)| again + last);
+    count("left for the pause", &|(_, last)| last);
     Ok(())
 }
 
@@ -157,8 +168,8 @@ impl Dirty {
     pub fn pages(self, ram: ByteSize, run: u64) -> (u64, u64, u64) {
         let pages = ram.get() / PAGE;
         match self {
-            // Below the quarter that the writer goes on in.
-            Self::Together(len) => (run * 1000 % (pages / 2), 1, len.get() / PAGE),
+            // Above the guest's program, and below the quarter that the writer goes on in.
+            Self::Together(len) => (256 + run * 1000 % (pages / 2), 1, len.get() / PAGE),
             // The same pages each time, or the layers would soon need more mappings than there are.
             Self::Every(step, len) => (256, step, (len.get() / PAGE).min(pages * 3 / 4 / step - 256)),
             Self::Nothing => (0, 1, 0),
