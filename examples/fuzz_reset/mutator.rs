@@ -24,7 +24,7 @@ impl Mutator {
     fn start(&mut self) {
         let bytes = |n: u8| Record::Bytes(vec![n; 3]);
         self.records = (0..12).map(bytes).collect();
-        self.records.push(Record::Name(b"main".to_vec()));
+        self.records.extend(["main", "read", "write", "exit"].map(|name| Record::Name(name.into())));
         self.records.push(Record::List(vec![bytes(99), Record::Name(b"inner".to_vec())]));
     }
 
@@ -37,7 +37,7 @@ impl Mutator {
     }
 
     fn fresh(&mut self) -> Record {
-        match self.random.below(8) {
+        match self.random.below(4) {
             0 => Record::Name(self.bytes(32)),
             1 => Record::List((0..self.random.below(4)).map(|_| Record::Bytes(self.bytes(8))).collect()),
             _ => Record::Bytes(self.bytes(8)),
@@ -85,6 +85,9 @@ impl Iterator for Mutator {
                 seal(&mut input);
             }
         }
+        if self.chance(40) {
+            input.pop();
+        }
         Some(input)
     }
 }
@@ -130,7 +133,7 @@ mod tests {
     fn a_seed_gives_the_same_inputs_and_they_reach_every_verdict() {
         let inputs: Vec<_> = Mutator::new(7).take(1000).collect();
         assert_eq!(inputs, Mutator::new(7).take(1000).collect::<Vec<_>>());
-        assert!(inputs.iter().all(|input| (6..=LONGEST_INPUT).contains(&input.len())));
+        assert!(inputs.iter().all(|input| (5..=LONGEST_INPUT).contains(&input.len())));
         for seed in 0..20 {
             let verdicts: Vec<_> = Mutator::new(seed).take(300).map(|input| verdict_of(&input)).collect();
             assert!(verdicts.contains(&Verdict::Smashed), "seed {seed} does not find the bug");

@@ -64,7 +64,7 @@ impl fmt::Display for VcpuIndex {
 pub enum Target {
     /// It was just created and has not run. Calls that would only write what a fresh vCPU holds anyway are left out.
     Fresh,
-    /// It ran before (reset in place): everything is written.
+    /// It ran before (reset in place), and is at rest: everything is written that the kernel takes.
     Used,
 }
 
