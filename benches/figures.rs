@@ -131,6 +131,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "shell-pause", what: "KVM: the parent's pause in a first fork", run: kvm!(shells::pause) },
     Figure { name: "shell-spawn", what: "KVM: a clone in a shell to its first instruction", run: kvm!(shells::spawn) },
     Figure { name: "live", what: "the parent's pause in a re-fork, its guest writing on", run: kvm!(live::live) },
+    Figure { name: "live-kvm", what: "the same, the guest writing from a vCPU", run: kvm!(live::live_kvm) },
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
