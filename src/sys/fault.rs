@@ -26,6 +26,8 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
+    #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "only that front end makes it"))]
+    Poll,
     /// Any call that creates a part of a KVM machine ahead of need.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
@@ -54,6 +56,7 @@ impl Call {
             Self::UffdRegister => "ioctl(UFFDIO_REGISTER)",
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
+            Self::Poll => "poll",
             Self::Kvm => "ioctl(KVM)",
         }
     }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::page::Page;
-use super::{Backing, Cut, Deferred, Sealed, Tree};
+use super::{Allocation, Backing, Cut, Deferred, Extent, Sealed, Tree, push_extent};
 use crate::account::Usage;
 use crate::error::SpaceError;
 use crate::image::Source;
@@ -193,6 +193,33 @@ impl<B: PageBody> Backing for Heap<B> {
         let state = self.state.read();
         let next = state.next.lock().index.clone();
         Ok(state.origin.index().diff(&next))
+    }
+
+    fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        let state = self.state.read();
+        let next = state.next.lock();
+        Ok(state.origin.index().diff_in(&next.index, range))
+    }
+
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        let state = self.state.read();
+        state.geometry.check_pages(range)?;
+        let based = state.origin.base_pages();
+        let next = state.next.lock();
+        let mut extents = Vec::new();
+        for (pages, page) in next.index.runs(range) {
+            let below = match page {
+                PageState::Data(_) => Allocation::Data,
+                PageState::Absent => Allocation::Base,
+                PageState::Zero => Allocation::Zero,
+            };
+            // Past the end of the base image, what nobody wrote is zeroes.
+            let split = if below == Allocation::Base { based.clamp(pages.start(), pages.end()) } else { pages.end() };
+            push_extent(&mut extents, Extent { pages: PageRange::from_bounds(pages.start(), split), state: below });
+            let rest = PageRange::from_bounds(split, pages.end());
+            push_extent(&mut extents, Extent { pages: rest, state: Allocation::Zero });
+        }
+        Ok(extents)
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {
