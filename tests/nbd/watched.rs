@@ -9,7 +9,6 @@ use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, Geometry, PageCount, PageRange, PageSet, PageSize, SectorCount};
 use offshoot::{ImageError, SpaceError, SystemError, Tree, Usage};
 
-
 /// What is done to the space, and what happened to it.
 #[derive(Debug, Default)]
 pub struct Watch {

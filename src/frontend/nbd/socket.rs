@@ -131,6 +131,8 @@ impl AsFd for Listener {
 }
 
 fn bind_file(path: &Path, mode: SocketMode) -> io::Result<(UnixListener, SocketFile)> {
+    // A longer path could be bound by its hidden name, and nobody could connect to it.
+    std::os::unix::net::SocketAddr::from_pathname(path)?;
     refuse_what_is_used(path)?;
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
