@@ -68,8 +68,10 @@
 //!
 //! # What it does not do
 //!
-//! It contains no hypervisor, device model or network; it does not migrate between hosts; overlays do not survive the process. Feature
-//! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `testing`
+//! It contains no hypervisor, device model or network; it does not migrate between hosts; RAM does not survive the process, disks of
+//! [`store`] do. Feature
+//! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `nbd` serves
+//! disks to hypervisors over the Network Block Device protocol, feature `testing`
 //! has the conformance suite for backings of your own.
 
 mod account;
@@ -83,6 +85,8 @@ pub mod image;
 mod overlay;
 pub mod page;
 pub mod ram;
+#[cfg(unix)]
+pub mod store;
 mod sync;
 mod sys;
 #[cfg(any(test, feature = "testing"))]
@@ -92,14 +96,14 @@ mod vm;
 pub use account::{Limits, TreeUsage, Usage};
 pub use admission::{Admission, AdmissionError, HostCheck, MemoryLimit};
 pub use backing::{Prefault, Prefaulted, Tree, WorkingSet};
-pub use error::{ImageError, SpaceError, SystemError};
+pub use error::{ImageError, SpaceError, StoreError, SystemError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::Relocate;
 pub use vm::{
     AtRest, BoxError, BuildError, CloneSpec, CommitError, Config, DeviceState, DiskName, Fallback, ForkError,
     ForkPoint, ForkTimings, GenerationId, Guest, Identity, IdentityError, IllegalState, MacAddress, PointDiff,
-    PrecopyEnd, PrecopyRound, PrecopyTimings, ResetError, Rewind, SpawnError, StateObject, Teardown, Uuid, Vm, VmName,
-    VmStatus, VmUsage,
+    PrecopyEnd, PrecopyRound, PrecopyTimings, PutOff, ResetError, Rewind, SpawnError, StateObject, Teardown, Uuid, Vm,
+    VmName, VmStatus, VmUsage,
 };
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::{LivePolicy, OnExceeded};

@@ -1,8 +1,8 @@
 //! Threads that write while VMs are forked: no page is torn, lost or another VM's.
 //!
-//! Every page that is checked carries its number, its VM's tag, a sequence and a checksum over all its words. Writers stop
-//! only where a page is whole, which is what a guest's pause does; a reader that finds anything else has found a fault. No
-//! verdict depends on time. `OFFSHOOT_SOAK=<n>` asks for n million page checks.
+//! Every page that is checked carries its number, its VM's tag and a sequence, in words spread over it. Writers stop only where a page is
+//! whole, which is what a guest's pause does; a reader that finds anything else has found a fault. No verdict depends on
+//! time. `OFFSHOOT_SOAK=<n>` asks for n million page checks; the figure `checks` makes a thousand million.
 
 mod common;
 mod mutants;
@@ -16,8 +16,10 @@ use offshoot::backing::Backing;
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, GuestAddress};
 use offshoot::testing::{Dice, ScriptedGuest};
-use offshoot::{BoxError, CloneSpec, DeviceState, Guest, Limits};
-use soak::{Stamp, WORDS, Wrong, read_stamp, soak, stamp_page, wanted_checks};
+use offshoot::{BoxError, CloneSpec, DeviceState, ForkError, ForkPoint, Guest, Limits, Vm};
+use soak::{
+    Found, PLACES, Stamp, Stopping, Subject, Typed, Wrong, check_at_rest, get as get_words, put as put_words, soak,
+};
 
 on_every_backing! {
     forks_under_writers,
@@ -26,16 +28,18 @@ on_every_backing! {
     first_writes_while_siblings_are_spawned,
 }
 
+/// Page checks that this run is to make.
+fn wanted_checks() -> u64 {
+    let millions = std::env::var("OFFSHOOT_SOAK").ok().and_then(|n| n.parse::<u64>().ok());
+    millions.map_or(60_000, |millions| millions * 1_000_000)
+}
+
 /// At least the wanted number of page checks, in rounds of forks under writers.
-fn forks_under_writers<B: Backing>() {
-    let wanted = wanted_checks();
-    let mut checks = 0;
-    let mut round = 0;
-    while checks < wanted {
-        checks += soak::<B>(round, wanted.min(200_000));
-        round += 1;
-    }
-    println!("{checks} page checks in {round} rounds on {}", std::any::type_name::<B>());
+fn forks_under_writers<B: Subject>() {
+    let found = soak::<B>(wanted_checks());
+    println!("{}: {found}", std::any::type_name::<B>());
+    assert_eq!(found.faults(), 0, "{found}");
+    assert!(found.checks >= wanted_checks() && found.forks > 20, "{found}");
 }
 
 /// Several threads write their own words of the same pages, starting with the first write; every word that was written is there, in
@@ -169,9 +173,8 @@ fn writers_that_do_not_stop<B: Backing>() {
 /// Many threads spawn from one fork point at once, write first, and drop, while others fork their clones further.
 fn first_writes_while_siblings_are_spawned<B: Backing>() {
     let (tree, vm, mut guest) = running::<B>(Limits::default());
-    for page in 0..RAM_PAGES {
-        stamp_page(&vm, Stamp { page, tag: 7, sequence: page });
-    }
+    let word = |page, tag, sequence| Stamp { page, tag, sequence }.word();
+    (0..RAM_PAGES).for_each(|page| put_words(&Typed(vm.ram().clone()), word(page, 7, page)));
     let point = Arc::new(vm.fork(&mut guest).expect("it runs"));
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
@@ -181,15 +184,15 @@ fn first_writes_while_siblings_are_spawned<B: Backing>() {
                     let tag = 100 + thread * 1000 + n;
                     let clone = point.spawn(CloneSpec::default()).expect("a clone");
                     let own = (thread + n) % RAM_PAGES;
-                    stamp_page(&clone, Stamp { page: own, tag, sequence: n });
+                    put_words(&Typed(clone.ram().clone()), word(own, tag, n));
                     let mut guest = ScriptedGuest::paused(0);
                     let deeper = clone.fork(&mut guest).expect("it is paused");
                     drop(clone);
                     let grandchild = deeper.spawn(CloneSpec::default()).expect("a clone");
                     for page in 0..RAM_PAGES {
-                        let stamp =
-                            read_stamp(&grandchild, page).unwrap_or_else(|wrong| panic!("page {page}: {wrong:?}"));
-                        assert_eq!(stamp.tag, if page == own { tag } else { 7 }, "page {page} is another VM's");
+                        let words = get_words(&Typed(grandchild.ram().clone()), page);
+                        let expected = if page == own { word(page, tag, n) } else { word(page, 7, page) };
+                        assert_eq!(check_at_rest(&words, expected), Ok(()), "page {page}");
                     }
                     deeper.teardown().wait();
                 }
@@ -203,39 +206,100 @@ fn first_writes_while_siblings_are_spawned<B: Backing>() {
 
 /// The checks can fail: each kind of fault is told from the others.
 #[test]
-fn a_torn_page_is_found() {
+fn wrong_pages_are_found() {
     let (_tree, vm, _) = running::<offshoot::backing::Heap>(Limits::default());
+    let ram = Typed(vm.ram().clone());
     let good = Stamp { page: 3, tag: 9, sequence: 44 };
-    stamp_page(&vm, good);
-    assert_eq!(read_stamp(&vm, 3), Ok(good));
-    for word in 0..WORDS {
-        let at = GuestAddress::new(3 * PAGE + 8 * word);
+    put_words(&ram, good.word());
+    let at_rest = |expected: Stamp| check_at_rest(&get_words(&ram, expected.page), expected.word());
+    assert_eq!(at_rest(good), Ok(()));
+    // What a reader finds who knows that 44 was written, and that 45 may have been begun.
+    let racing = |page: u64, own: u64, inherited: Stamp| {
+        let expected = soak::Expected {
+            own,
+            inherited: Stamp { page, ..inherited }.word(),
+            from: good.word(),
+            to: good.sequence + 1,
+        };
+        soak::check_racing(&get_words(&ram, page), expected)
+    };
+    let parents = Stamp { tag: 8, sequence: 40, ..good };
+    assert_eq!(racing(3, 9, parents), Ok(()));
+    for (place, at) in PLACES.into_iter().enumerate() {
+        let at = GuestAddress::new(3 * PAGE + at);
         let old: u64 = vm.ram().load(at).expect("RAM");
-        vm.ram().store(at, old ^ 1 << (word % 64)).expect("RAM");
-        assert!(read_stamp(&vm, 3).is_err(), "one bit of word {word} was changed");
+        // A word of the page before the last write: torn, and lost if it is the one that is read first.
+        vm.ram().store(at, soak::salted(Stamp { sequence: 43, ..good }.word(), place)).expect("RAM");
+        assert_eq!(at_rest(good), Err(Wrong::Torn));
+        let last = place == PLACES.len() - 1;
+        assert_eq!(racing(3, 9, parents), Err(if last { Wrong::Lost } else { Wrong::Torn }), "place {place}");
+        // A word of the next, with older ones before it, is what a writer leaves on its way, but only in that order.
+        vm.ram().store(at, soak::salted(Stamp { sequence: 45, ..good }.word(), place)).expect("RAM");
+        assert_eq!(racing(3, 9, parents), if place == 0 { Ok(()) } else { Err(Wrong::Torn) }, "place {place}");
+        assert_eq!(at_rest(good), Err(Wrong::Torn));
+        // Of the future, of another VM, of another page, of the VM that this one comes from but written later.
+        for foreign in [
+            Stamp { sequence: 46, ..good },
+            Stamp { tag: 7, ..good },
+            Stamp { page: 4, ..good },
+            Stamp { sequence: 45, ..parents },
+        ] {
+            vm.ram().store(at, soak::salted(foreign.word(), place)).expect("RAM");
+            assert_eq!(racing(3, 9, parents), Err(Wrong::Foreign), "place {place}: {foreign:?}");
+        }
+        // Any bit, and a word in another's place.
+        for bit in 0..64 {
+            vm.ram().store(at, old ^ 1 << bit).expect("RAM");
+            assert_eq!(at_rest(good), Err(Wrong::Torn), "one bit of place {place}");
+        }
+        vm.ram().store(at, soak::salted(good.word(), (place + 1) % PLACES.len())).expect("RAM");
+        assert!(at_rest(good).is_err() && racing(3, 9, parents).is_err(), "a word of another place");
         vm.ram().store(at, old).expect("RAM");
     }
-    // Half of one sequence and half of the next.
-    let mut halves = vec![0; PAGE as usize];
-    vm.ram().read(GuestAddress::new(3 * PAGE), &mut halves).expect("RAM");
-    stamp_page(&vm, Stamp { sequence: 45, ..good });
-    vm.ram().write(GuestAddress::new(3 * PAGE), &halves[..PAGE as usize / 2]).expect("RAM");
-    assert_eq!(read_stamp(&vm, 3), Err(Wrong::Torn));
-    // A whole page in another's place.
-    vm.ram().write(GuestAddress::new(4 * PAGE), &halves).expect("RAM");
-    assert_eq!(read_stamp(&vm, 4), Err(Wrong::Page { found: 3 }));
-    assert_eq!(read_stamp(&vm, 5), Err(Wrong::Torn), "a page of zeroes carries no stamp");
+    // A whole page in another's place, of another VM, or older.
+    let mut page = vec![0; PAGE as usize];
+    vm.ram().read(GuestAddress::new(3 * PAGE), &mut page).expect("RAM");
+    vm.ram().write(GuestAddress::new(4 * PAGE), &page).expect("RAM");
+    assert_eq!(at_rest(Stamp { page: 4, ..good }), Err(Wrong::Foreign));
+    assert_eq!(at_rest(Stamp { tag: 10, ..good }), Err(Wrong::Foreign));
+    assert_eq!(at_rest(Stamp { sequence: 45, ..good }), Err(Wrong::Lost));
+    assert!(at_rest(Stamp { page: 5, ..good }).is_err(), "a page of zeroes carries no stamp");
 }
 
-/// The soak itself finds what it is there for: clones that are one space.
-#[test]
-fn a_soak_over_a_broken_backing_fails() {
-    use mutants::{Broken, Flaw, Has};
-    #[derive(Debug)]
-    struct Shared;
-    impl Has for Shared {
-        const FLAW: Flaw = Flaw::SiblingsShare;
+impl<F: mutants::Has> Subject for mutants::Broken<F> {
+    type Access = Typed<Self>;
+
+    fn access(vm: &Vm<Self>) -> Typed<Self> {
+        Typed(vm.ram().clone())
     }
-    let soaked = std::panic::catch_unwind(|| soak::<Broken<Shared>>(0, 20_000));
-    assert!(soaked.is_err(), "siblings that share everything were not noticed");
+
+    fn fork(vm: &Vm<Self>, guest: &mut Stopping<'_, Self>, _: u64) -> Result<Option<ForkPoint<Self>>, ForkError> {
+        vm.fork(guest).map(Some)
+    }
+}
+
+/// The soak itself finds what it is there for.
+#[test]
+fn a_soak_over_a_broken_backing_finds_faults() {
+    use mutants::{Broken, Flaw, Has};
+    macro_rules! soaked {
+        ($flaw:ident) => {{
+            #[derive(Debug)]
+            struct Mutant;
+            impl Has for Mutant {
+                const FLAW: Flaw = Flaw::$flaw;
+            }
+            soak::<Broken<Mutant>>(20_000)
+        }};
+    }
+    let found: Found = soaked!(None);
+    assert_eq!(found.faults(), 0, "the control: {found}");
+    let found = soaked!(ImageTears);
+    assert!(found.torn > 0, "half of a page is older than the other: {found}");
+    let found = soaked!(SiblingsShare);
+    assert!(found.foreign > 0, "clones see each other's pages: {found}");
+    let found = soaked!(ImageFollowsParent);
+    assert!(found.foreign > 0, "a fork point changes: {found}");
+    let found = soaked!(ImageMisses);
+    assert!(found.lost > 0, "a page of a fork point is older than its instant: {found}");
 }

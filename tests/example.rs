@@ -1,4 +1,4 @@
-//! The main example as a user runs it: exit codes, the JSON report, and that its check can fail.
+//! The examples as a user runs them: exit codes, the JSON report, and that their checks can fail.
 //!
 //! It is run through cargo, which builds what is missing, in the profile of this test. Sizes are small here; the full run is the
 //! example's own.
@@ -6,8 +6,12 @@
 use std::process::{Command, Output};
 
 fn run(args: &str) -> Output {
+    run_example("instant_clone", args)
+}
+
+fn run_example(name: &str, args: &str) -> Output {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["run", "--quiet", "--example", "instant_clone"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.args(["run", "--quiet", "--example", name]).current_dir(env!("CARGO_MANIFEST_DIR"));
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
@@ -144,4 +148,71 @@ fn what_the_simulator_cannot_do_is_said() {
     let output = run("--backend sim --ram 8G --clones 1");
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("at most 4G"), "{}", text(&output.stderr));
+}
+
+/// Checks a report of fuzz_reset that came out well.
+fn assert_good_fuzzing(output: &Output, backend: &str, inputs: f64, checked: f64) {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json = text(&output.stdout).trim_end();
+    assert!(json.starts_with('{') && json.ends_with('}') && !json.contains('\n'), "one object on one line: {json}");
+    assert!(json.contains(&format!("\"backend\":\"{backend}\"")), "{json}");
+    assert_eq!(number(json, "inputs"), inputs);
+    assert_eq!(number(json, "violations"), 0.0);
+    assert_eq!(number(json, "resets_checked"), checked);
+    let verdicts = ["accepted", "rejected", "smashed"].map(|verdict| number(json, verdict));
+    assert!(verdicts.iter().sum::<f64>() == inputs && verdicts.iter().all(|&count| count > 0.0), "{json}");
+    assert!((1.0..=inputs).contains(&number(json, "found_at")));
+    // The page with the input at least, and pages with counters.
+    assert!(number(json, "pages_a_reset") > 2.0);
+    for stage in ["run", "reset", "reset_memory", "load_state", "respawn"] {
+        let (_, times) = json.split_once(&format!("\"{stage}\":")).unwrap_or_else(|| panic!("no {stage} in {json}"));
+        let [p50, p99] = ["p50_us", "p99_us"].map(|key| number(times, key));
+        assert!(0.0 <= p50 && p50 <= p99, "{stage}: {p50} {p99}");
+    }
+}
+
+#[test]
+fn the_simulated_fuzzer_resets_and_finds_the_bug() {
+    let output = run_example("fuzz_reset", "--backend sim --inputs 320 --ram 16M --json");
+    assert_good_fuzzing(&output, "sim", 320.0, 5.0);
+    let output = run_example("fuzz_reset", "--backend sim --inputs 300 --ram 8M --check full --seed 9 --json");
+    assert_good_fuzzing(&output, "sim", 300.0, 300.0);
+}
+
+#[test]
+fn the_kvm_fuzzer_resets_and_finds_the_bug() {
+    if !kvm_works() {
+        return;
+    }
+    let output = run_example("fuzz_reset", "--backend kvm --inputs 200 --ram 8M --check full --json");
+    assert_good_fuzzing(&output, "kvm", 200.0, 200.0);
+    let output = run_example("fuzz_reset", "--backend kvm --inputs 64 --ram 8M --inject-fault --json");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("violation: after input 64: RAM at"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_byte_that_a_reset_left_is_found() {
+    let output = run_example("fuzz_reset", "--backend sim --inputs 320 --ram 8M --inject-fault --json");
+    assert_eq!(output.status.code(), Some(1));
+    // The simulator knows of the byte and drops it with the next reset, so it is seen once.
+    assert_eq!(number(text(&output.stdout), "violations"), 1.0);
+    assert!(text(&output.stderr).contains("violation: after input 64: RAM at 0x400000"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_run_that_finds_nothing_is_a_failure() {
+    let output = run_example("fuzz_reset", "--backend sim --inputs 1 --ram 8M --json");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("did not find the planted bug"), "{}", text(&output.stderr));
+    for (args, word) in
+        [("--inputs none", "--inputs"), ("--ram 4M", "--ram"), ("--check some", "--check"), ("--x", "--x")]
+    {
+        let output = run_example("fuzz_reset", args);
+        assert_eq!(output.status.code(), Some(2), "{args}");
+        let error = text(&output.stderr);
+        assert!(error.contains("error: ") && error.contains(word) && error.contains("Usage:"), "{error}");
+    }
+    let help = run_example("fuzz_reset", "--help");
+    assert!(help.status.success() && text(&help.stdout).contains("--inputs"));
 }

@@ -174,14 +174,14 @@ impl Guest {
         for (position, vcpu) in self.machine.vcpus_mut().iter_mut().enumerate() {
             finish_exit(vcpu, VcpuIndex::new(position as u32), |exit| panic!("unexpected exit {exit:?}")).unwrap();
         }
-        MachineState::capture(plan, self.machine.vm(), self.machine.vcpus()).unwrap()
+        self.machine.capture(plan).unwrap()
     }
 
     /// A clone on a brand-new VM with a copy of the RAM.
     fn clone_of(host: &KvmHost, state: &MachineState, ram: &[u8]) -> Self {
-        let clone = Self::new(host, state.devices(), state.vcpu_count());
+        let mut clone = Self::new(host, state.devices(), state.vcpu_count());
         clone.write(0, ram);
-        state.restore(host, clone.machine.vm(), clone.machine.vcpus()).unwrap();
+        clone.machine.restore(host, state).unwrap();
         clone
     }
 
@@ -440,7 +440,7 @@ fn a_machine_that_ran_on_is_reset_in_place() {
         for _ in 0..2 {
             guest.capture(&plan);
             guest.write(0, &ram);
-            state.load(&host, guest.machine.vm(), guest.machine.vcpus(), Target::Used).unwrap();
+            guest.machine.load(&host, &state, Target::Used).unwrap();
             assert_same_but_for_time(&state, &guest.capture(&plan));
             assert_eq!((guest.trace(0, 10), guest.trace(1, 10)), first);
         }
@@ -459,7 +459,7 @@ fn a_warm_shell_takes_its_state_later() {
     parent.trace(0, 3);
     let late = parent.capture(&plan);
     shell.write(0, &parent.copy_ram());
-    late.load(&host, shell.machine.vm(), shell.machine.vcpus(), Target::Fresh).unwrap();
+    shell.machine.load(&host, &late, Target::Fresh).unwrap();
     assert_eq!(parent.trace(0, 9), shell.trace(0, 9));
 }
 
@@ -545,13 +545,13 @@ fn the_upper_halves_of_ymm_survive_where_the_host_has_them() {
         eprintln!("SKIPPED: guests of this host have no AVX");
         return;
     }
-    let parent = Guest::parent(&host, Devices::NONE, 1);
+    let mut parent = Guest::parent(&host, Devices::NONE, 1);
     let vcpu = &parent.machine.vcpus()[0];
     let mut xcrs = vcpu.get_xcrs().unwrap();
     xcrs.xcrs[0].value = 7;
     vcpu.set_xcrs(&xcrs).unwrap();
     let plan = parent.plan(&host, Devices::NONE);
-    let mut bytes = MachineState::capture(&plan, parent.machine.vm(), parent.machine.vcpus()).unwrap().to_bytes();
+    let mut bytes = parent.machine.capture(&plan).unwrap().to_bytes();
     // Where the XSAVE area starts, by the layout in `encode.rs`; in it, the header's feature bits and YMM's upper halves.
     let area = 32 + 16 + host.supported_cpuid().as_slice().len() * 40 + 144 + 312 + 128 + 392 + 4;
     bytes[area + 512] |= 7;
@@ -559,8 +559,8 @@ fn the_upper_halves_of_ymm_survive_where_the_host_has_them() {
     let checksum = crc32fast::hash(&bytes[16..]);
     bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
     let state = MachineState::from_bytes(&bytes).unwrap();
-    let clone = Guest::clone_of(&host, &state, &parent.copy_ram());
-    let again = MachineState::capture(&plan, clone.machine.vm(), clone.machine.vcpus()).unwrap();
+    let mut clone = Guest::clone_of(&host, &state, &parent.copy_ram());
+    let again = clone.machine.capture(&plan).unwrap();
     assert_same_but_for_time(&state, &again);
 }
 
@@ -586,9 +586,9 @@ fn damaged_bytes_give_errors_at_every_byte() {
 #[test]
 fn a_register_that_the_host_refuses_is_named() {
     let Some(host) = host() else { return };
-    let parent = Guest::parent(&host, Devices::NONE, 1);
+    let mut parent = Guest::parent(&host, Devices::NONE, 1);
     let plan = parent.plan(&host, Devices::NONE);
-    let state = MachineState::capture(&plan, parent.machine.vm(), parent.machine.vcpus()).unwrap();
+    let state = parent.machine.capture(&plan).unwrap();
     let mut bytes = state.to_bytes();
     // SYSENTER_EIP takes only canonical addresses on Intel; LSTAR does everywhere.
     let lstar: Vec<u8> = 0xc000_0082u64.to_le_bytes().into();
@@ -597,8 +597,8 @@ fn a_register_that_the_host_refuses_is_named() {
     let checksum = crc32fast::hash(&bytes[16..]);
     bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
     let damaged = MachineState::from_bytes(&bytes).unwrap();
-    let clone = Guest::new(&host, Devices::NONE, 1);
-    match damaged.restore(&host, clone.machine.vm(), clone.machine.vcpus()) {
+    let mut clone = Guest::new(&host, Devices::NONE, 1);
+    match clone.machine.restore(&host, &damaged) {
         Err(KvmError::MsrRefused { msr, captured, .. }) => {
             assert_eq!((msr, captured), (MsrIndex::new(0xc000_0082), 0x8000_0000_0000_0000));
         }
@@ -609,17 +609,17 @@ fn a_register_that_the_host_refuses_is_named() {
 #[test]
 fn mistakes_are_named() {
     let Some(host) = host() else { return };
-    let parent = Guest::parent(&host, Devices::FULL, 2);
+    let mut parent = Guest::parent(&host, Devices::FULL, 2);
     let plan = parent.plan(&host, Devices::FULL);
-    let state = MachineState::capture(&plan, parent.machine.vm(), parent.machine.vcpus()).unwrap();
-    let one = &parent.machine.vcpus()[..1];
-    let error = MachineState::capture(&plan, parent.machine.vm(), one).unwrap_err();
+    let state = parent.machine.capture(&plan).unwrap();
+    let (vm, vcpus) = parent.machine.parts_mut();
+    let error = MachineState::capture(&plan, vm, &mut vcpus[..1]).unwrap_err();
     assert!(matches!(error, KvmError::VcpuCount { expected: 2, given: 1 }));
     // A machine without the chips cannot take the LAPIC.
-    let bare = Guest::new(&host, Devices::NONE, 2);
-    let error = state.restore(&host, bare.machine.vm(), bare.machine.vcpus()).unwrap_err();
+    let mut bare = Guest::new(&host, Devices::NONE, 2);
+    let error = bare.machine.restore(&host, &state).unwrap_err();
     assert_eq!(error.call(), Some(KvmCall::SetLapic), "{error}");
-    let error = MachineState::capture(&plan, bare.machine.vm(), bare.machine.vcpus()).unwrap_err();
+    let error = bare.machine.capture(&plan).unwrap_err();
     assert!(error.call().is_some(), "{error}");
 }
 

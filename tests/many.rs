@@ -114,7 +114,7 @@ mod machines {
     use kvm_bindings::kvm_regs;
     use kvm_ioctls::{VcpuExit, VcpuFd};
     use offshoot::frontend::kvm::{
-        Devices, KvmHost, MachinePlan, MachineState, SecondLevel, VcpuIndex, VmBuilder, prefault_second_level,
+        Devices, KvmHost, MachinePlan, SecondLevel, VcpuIndex, VmBuilder, prefault_second_level,
     };
     use offshoot::page::{PageIndex, PageSet};
     use offshoot::{Admission, AtRest, DeviceState, Prefault};
@@ -156,7 +156,7 @@ mod machines {
         vm.ram().write(GuestAddress::new(CODE), COUNTING).unwrap();
         vm.ram().store(GuestAddress::new(0x8000), 1000_u32).unwrap();
         let built = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap().devices(Devices::NONE).unwrap();
-        let machine = built.vcpus(1).unwrap();
+        let mut machine = built.vcpus(1).unwrap();
         let vcpu = &machine.vcpus()[0];
         vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
@@ -164,7 +164,7 @@ mod machines {
         vcpu.set_sregs(&sregs).unwrap();
         vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).unwrap();
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE).unwrap();
-        let state = Arc::new(MachineState::capture(&plan, machine.vm(), machine.vcpus()).unwrap());
+        let state = Arc::new(machine.capture(&plan).unwrap());
         drop(machine);
         vm.start().unwrap();
         let point = vm.fork(&mut AtRest(DeviceState::from_object(state.clone()))).unwrap();
@@ -174,8 +174,8 @@ mod machines {
         let spawn = |spec: CloneSpec| {
             let clone = point.spawn(spec).unwrap();
             let built = VmBuilder::new(&host).unwrap().engine_ram(clone.ram()).unwrap().devices(Devices::NONE).unwrap();
-            let machine = built.vcpus(1).unwrap();
-            state.restore(&host, machine.vm(), machine.vcpus()).unwrap();
+            let mut machine = built.vcpus(1).unwrap();
+            machine.restore(&host, &state).unwrap();
             (machine, clone)
         };
         // The first shows what the others will touch.

@@ -7,13 +7,26 @@ mod mutants;
 mod trees;
 
 use mutants::{Broken, Flaw, Has};
-use offshoot::backing::{AnyPage, Backing, Heap};
+use offshoot::backing::{AnyPage, Heap};
+use offshoot::testing::faults::Refusal;
 use proptest::prelude::*;
 use proptest::test_runner::{FileFailurePersistence, TestRunner};
-use trees::{Goes, Op, Power, Seen, World};
+use trees::{Course, Goes, Op, Power, Seen, Way, Ways, World, Write};
 
-fn goes() -> impl Strategy<Value = Goes> {
-    prop_oneof![5 => Just(Goes::Well), 1 => (1..4u64).prop_map(Goes::Wrong)]
+fn goes(calls: u64) -> impl Strategy<Value = Goes> {
+    prop_oneof![5 => Just(Goes::Well), 1 => (1..=calls).prop_map(Goes::Wrong)]
+}
+
+/// How a fork goes while the guest goes on.
+fn course() -> impl Strategy<Value = Course> {
+    let way = prop_oneof![2 => Just(Way::Live), 1 => Just(Way::Moving), 2 => Just(Way::LiveMoving)];
+    let how = prop_oneof![Just(Refusal::OutOfMemory), Just(Refusal::OutOfDescriptors), Just(Refusal::Unsupported)];
+    let refused = prop_oneof![4 => Just(None), 1 => (1..40u64, how).prop_map(Some)];
+    let write = (0..7u64, 0..16u64, 0..4096u64, any::<u64>(), prop::bool::weighted(0.2));
+    let write = write.prop_map(|(moment, page, len, seed, discards)| Write { moment, page, len, seed, discards });
+    let writes = prop::collection::vec(write, 0..6);
+    (way, 0..4u32, prop::bool::weighted(0.1), refused, writes)
+        .prop_map(|(way, rounds, gives_up, refused, writes)| Course { way, rounds, gives_up, refused, writes })
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -31,10 +44,11 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(vm, disk, lba, count)| Op::WriteZeroes { vm, disk, lba, count }),
         1 => (vm(), 0..16u64).prop_map(|(vm, page)| Op::WriteBack { vm, page }),
         5 => (vm(), power).prop_map(|(vm, to)| Op::Power { vm, to }),
-        8 => (vm(), goes()).prop_map(|(vm, goes)| Op::Fork { vm, goes }),
-        1 => (vm(), goes()).prop_map(|(vm, goes)| Op::Freeze { vm, goes }),
-        7 => (vm(), goes()).prop_map(|(point, goes)| Op::Spawn { point, goes }),
-        3 => (vm(), goes()).prop_map(|(vm, goes)| Op::Reset { vm, goes }),
+        8 => (vm(), goes(3)).prop_map(|(vm, goes)| Op::Fork { vm, goes }),
+        6 => (vm(), goes(5), course()).prop_map(|(vm, goes, course)| Op::ForkBy { vm, goes, course }),
+        1 => (vm(), goes(3)).prop_map(|(vm, goes)| Op::Freeze { vm, goes }),
+        7 => (vm(), goes(3)).prop_map(|(point, goes)| Op::Spawn { point, goes }),
+        3 => (vm(), goes(3)).prop_map(|(vm, goes)| Op::Reset { vm, goes }),
         2 => (vm(), vm()).prop_map(|(a, b)| Op::Diff { a, b }),
         1 => vm().prop_map(|point| Op::Flatten { point }),
         2 => (vm(), vm()).prop_map(|(point, onto)| Op::Merge { point, onto }),
@@ -67,12 +81,28 @@ const OUTCOMES: [&str; 19] = [
     "commit into a diverged VM",
 ];
 
+/// And what must have come up where there is more than one way to fork.
+#[cfg(target_os = "linux")]
+const WAYS: [&str; 11] = [
+    "first fork in another way",
+    "forked live",
+    "forked live, and written meanwhile",
+    "moved",
+    "moved live",
+    "moved live, and written meanwhile",
+    "not resumed where it went",
+    "given up",
+    "no hole",
+    "not moved",
+    "refused by the system",
+];
+
 fn soak() -> u32 {
     std::env::var("OFFSHOOT_SOAK").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
 }
 
 /// Plays `cases` runs; what went wrong, if anything, in its smallest form.
-fn explore<B: Backing>(cases: u32, keep: Option<&'static str>) -> Result<Seen, String> {
+fn explore<B: Ways>(cases: u32, keep: Option<&'static str>) -> Result<Seen, String> {
     let mut runner = TestRunner::new(ProptestConfig {
         cases,
         failure_persistence: keep.map(|file| Box::new(FileFailurePersistence::Direct(file)) as Box<_>),
@@ -93,27 +123,30 @@ fn explore<B: Backing>(cases: u32, keep: Option<&'static str>) -> Result<Seen, S
     result.map(|()| seen).map_err(|failure| failure.to_string())
 }
 
-fn check<B: Backing>(cases: u32, keep: &'static str) {
+fn check<B: Ways>(cases: u32, keep: &'static str, outcomes: &[&str]) {
     let seen = explore::<B>(cases.saturating_mul(soak()), Some(keep)).unwrap_or_else(|failure| panic!("{failure}"));
-    let missed: Vec<_> = OUTCOMES.into_iter().filter(|outcome| !seen.borrow().contains(outcome)).collect();
+    let wanted = OUTCOMES.iter().chain(outcomes);
+    let missed: Vec<_> = wanted.filter(|outcome| !seen.borrow().contains(*outcome)).collect();
     assert!(missed.is_empty(), "{cases} runs never came to: {missed:?}");
 }
 
 #[test]
 fn trees_on_the_heap() {
-    check::<Heap>(300, "tests/regressions/model-heap.txt");
+    check::<Heap>(300, "tests/regressions/model-heap.txt", &[]);
 }
 
 #[test]
 fn trees_on_the_heap_with_pages_of_any_size() {
-    check::<Heap<AnyPage>>(200, "tests/regressions/model-any.txt");
+    check::<Heap<AnyPage>>(200, "tests/regressions/model-any.txt", &[]);
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn trees_on_mapped_memory() {
-    check::<offshoot::backing::Mapped>(200, "tests/regressions/model-mapped.txt");
+    check::<offshoot::backing::Mapped>(200, "tests/regressions/model-mapped.txt", &WAYS);
 }
+
+impl<F: Has> Ways for Broken<F> {}
 
 /// Runs like these find what is wrong: each flaw in a few hundred of them.
 #[test]

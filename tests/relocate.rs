@@ -3,6 +3,7 @@
 #![cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::disk::{Access, Disk};
@@ -13,12 +14,30 @@ use offshoot::ram::{RamLayout, RamRegion};
 use offshoot::testing::faults::{Refusal, fail_nth_call};
 use offshoot::testing::{Dice, Flat};
 use offshoot::{
-    AtRest, BoxError, CloneSpec, DeviceState, DiskName, ForkError, ForkPoint, Guest, LivePolicy, PrecopyEnd, Relocate,
-    SpaceError, SpawnError, Tree, Vm, VmName, VmStatus,
+    AtRest, BoxError, CloneSpec, DeviceState, DiskName, ForkError, ForkPoint, Guest, LivePolicy, OnExceeded,
+    PrecopyEnd, Relocate, SpaceError, SpawnError, Tree, Vm, VmName, VmStatus,
 };
 
 const REGION: ByteSize = ByteSize::mib(1);
 const HIGH: u64 = 16 << 20;
+
+/// The two ways to move.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    /// Everything is copied in the pause.
+    Stopped,
+    /// Copied ahead.
+    Live,
+}
+
+const WAYS: [Way; 2] = [Way::Stopped, Way::Live];
+
+fn move_by(way: Way, vm: &Vm<Mapped>, guest: &mut (impl Relocate + ?Sized)) -> Result<ForkPoint<Mapped>, ForkError> {
+    match way {
+        Way::Stopped => vm.fork_relocating(guest),
+        Way::Live => vm.fork_live_relocating(guest, &LivePolicy::default()),
+    }
+}
 
 /// What a guest is to fail at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -148,7 +167,8 @@ fn a_vm_moves_at_each_fork_and_every_point_is_right() {
         let point = match n {
             // Between moves, forks in place keep the address.
             3 | 5 => parent.fork(&mut guest).unwrap(),
-            _ => parent.fork_relocating(&mut guest).unwrap(),
+            2 | 6 => move_by(Way::Live, &parent, &mut guest).unwrap(),
+            _ => move_by(Way::Stopped, &parent, &mut guest).unwrap(),
         };
         assert!(guest.running);
         let moved = !matches!(n, 3 | 5);
@@ -175,7 +195,7 @@ fn a_vm_moves_at_each_fork_and_every_point_is_right() {
 fn every_failing_step_leaves_the_vm_where_it_was() {
     for fail in [Fail::Pause, Fail::Save, Fail::NextHole, Fail::Relocate, Fail::Panic, Fail::Taken(u32::MAX)] {
         // As a first fork, and as a later one.
-        for forks_before in [0, 1] {
+        for (forks_before, way) in [0, 1].into_iter().flat_map(|before| WAYS.map(|way| (before, way))) {
             let tree = Tree::default();
             let parent = vm(&tree);
             let mut guest = passive(Fail::Nothing);
@@ -186,7 +206,7 @@ fn every_failing_step_leaves_the_vm_where_it_was() {
             stamp(&parent, 2);
             guest.fail = fail;
             let (before, usage) = (base(&parent), tree.usage());
-            let failed = catch_unwind(AssertUnwindSafe(|| parent.fork_relocating(&mut guest)));
+            let failed = catch_unwind(AssertUnwindSafe(|| move_by(way, &parent, &mut guest)));
             match (fail, failed) {
                 (Fail::Panic, Err(_))
                 | (Fail::Pause, Ok(Err(ForkError::Pause(_))))
@@ -197,14 +217,14 @@ fn every_failing_step_leaves_the_vm_where_it_was() {
                 (fail, other) => panic!("{fail:?} gave {other:?}"),
             }
             assert!(guest.running);
-            assert_eq!((parent.status(), base(&parent)), (VmStatus::Running, before), "{fail:?}");
+            assert_eq!((parent.status(), base(&parent)), (VmStatus::Running, before), "{fail:?}, {way:?}");
             let now = tree.usage();
             assert_eq!((now.vms, now.fork_points, now.images), (usage.vms, usage.fork_points, usage.images));
             check(&parent, 2);
             // And it can be forked either way afterwards.
             guest.fail = Fail::Nothing;
             stamp(&parent, 3);
-            let moved = parent.fork_relocating(&mut guest).unwrap();
+            let moved = move_by(way, &parent, &mut guest).unwrap();
             stamp(&parent, 4);
             let stayed = parent.fork(&mut guest).unwrap();
             for (point, n) in [(&moved, 3), (&stayed, 4)] {
@@ -259,7 +279,7 @@ fn held() -> (usize, usize) {
 
 /// Alone in its process (see the end of the file), so that counts are its own.
 fn no_failing_call_leaves_anything_behind() {
-    for forks_before in [0, 1, 2] {
+    for (forks_before, way) in [0, 1, 2].into_iter().flat_map(|before| WAYS.map(|way| (before, way))) {
         for n in 1.. {
             let before = held();
             let tree = Tree::default();
@@ -272,7 +292,7 @@ fn no_failing_call_leaves_anything_behind() {
             stamp(&parent, 2);
             let (home, usage) = (base(&parent), tree.usage());
             let plan = fail_nth_call(n, Refusal::OutOfMemory);
-            let forked = parent.fork_relocating(&mut guest);
+            let forked = move_by(way, &parent, &mut guest);
             let done = plan.calls_seen() < n;
             drop(plan);
             match forked {
@@ -286,7 +306,7 @@ fn no_failing_call_leaves_anything_behind() {
                     assert_eq!((base(&parent), tree.usage().images), (home, usage.images));
                     assert!(guest.running);
                     check(&parent, 2);
-                    let point = parent.fork_relocating(&mut guest).unwrap();
+                    let point = move_by(way, &parent, &mut guest).unwrap();
                     point.teardown().wait();
                     check(&point.spawn(CloneSpec::default()).unwrap(), 2);
                 }
@@ -320,10 +340,12 @@ fn a_vm_whose_addresses_are_leased_is_not_moved() {
         // Whatever it is asked, it fails: it is asked nothing.
         guest.fail = Fail::NextHole;
         let refused = |guest: &mut Passive| {
-            let refused = parent.fork_relocating(guest);
-            assert!(matches!(refused, Err(ForkError::Cut(SpaceError::Leased))), "{refused:?}");
-            assert_eq!((guest.running, base(&parent), parent.status()), (true, home, VmStatus::Running));
-            check(&parent, 2);
+            for way in WAYS {
+                let refused = move_by(way, &parent, guest);
+                assert!(matches!(refused, Err(ForkError::Cut(SpaceError::Leased))), "{refused:?}");
+                assert_eq!((guest.running, base(&parent), parent.status()), (true, home, VmStatus::Running));
+                check(&parent, 2);
+            }
         };
         let leased = lease(parent.ram()).unwrap();
         refused(&mut guest);
@@ -453,6 +475,7 @@ fn write_protection_goes_with_the_old_place_and_stays_if_it_is_kept() {
     vm.fork(&mut mover).unwrap();
     touch(0..100, 1);
     let Some(found) = copied(&live(&mut mover)) else {
+        assert!(!std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all"), "no write protection here");
         return eprintln!("SKIPPED: no write protection here");
     };
     assert_eq!((found, vm.ram().usage().unwrap().private.get()), (100, 100), "its pages stay private");
@@ -479,12 +502,29 @@ fn write_protection_goes_with_the_old_place_and_stays_if_it_is_kept() {
     assert_eq!(copied(&live(&mut mover)), Some(2));
     vm.reset(&mut rest()).unwrap();
     vm.validate().unwrap();
+
+    // Both at once: given up or refused, it is where it was and goes by what it knew; done, nothing private is left behind.
+    touch(10..14, 6);
+    let (home, before) = (base(&vm), bytes(&vm));
+    let none = LivePolicy { max_pause: Duration::ZERO, on_exceeded: OnExceeded::GiveUp, ..LivePolicy::default() };
+    assert!(matches!(vm.fork_live_relocating(&mut mover, &none), Err(ForkError::PauseTooLong { .. })));
+    mover.refuse = true;
+    assert!(matches!(move_by(Way::Live, &vm, &mut mover), Err(ForkError::Relocate(_))));
+    assert_eq!((base(&vm), vm.dirty().unwrap().ram.count().get()), (home, 4));
+    vm.validate().unwrap();
+    mover.refuse = false;
+    let point = move_by(Way::Live, &vm, &mut mover).unwrap();
+    assert_eq!((base(&vm) == home, copied(&point)), (false, Some(4)));
+    point.teardown().wait();
+    assert!(vm.ram().usage().unwrap().private.is_zero() && vm.dirty().unwrap().ram.is_empty());
+    assert!(bytes(&vm) == before && bytes(&point.spawn(CloneSpec::default()).unwrap()) == before);
+    vm.validate().unwrap();
 }
 
 /// Random lives of forks in place, live and moving, done and undone, and resets; a model says what is right.
 #[test]
 fn forks_of_every_kind_and_resets_agree_with_a_model() {
-    let mut kinds = [0; 6];
+    let mut kinds = [0; 8];
     for (seed, page) in [(1, 4), (2, 4), (3, 4), (4, 4), (5, 16), (6, 16)] {
         life(&flat_vm(96, ByteSize::kib(page)), &mut Dice::new(seed), 40, 2, &mut kinds);
     }
@@ -508,7 +548,7 @@ fn scribble(vm: &Vm<Mapped>, model: &mut Flat, dice: &mut Dice) {
     }
 }
 
-fn life(vm: &Vm<Mapped>, dice: &mut Dice, steps: u32, generations: u32, kinds: &mut [u32; 6]) {
+fn life(vm: &Vm<Mapped>, dice: &mut Dice, steps: u32, generations: u32, kinds: &mut [u32; 8]) {
     let len = vm.ram().layout().geometry().len();
     let mut model = Flat::new(vm.ram().layout().geometry(), &bytes(vm));
     let mut origin: Option<Flat> = None;
@@ -516,12 +556,12 @@ fn life(vm: &Vm<Mapped>, dice: &mut Dice, steps: u32, generations: u32, kinds: &
     let mut points: Vec<(ForkPoint<Mapped>, Flat)> = Vec::new();
     for step in 0..steps {
         scribble(vm, &mut model, dice);
-        let kind = dice.below(6) as usize;
+        let kind = dice.below(8) as usize;
         let (home, policy) = (base(vm), LivePolicy { max_rounds: dice.below(3) as u32, ..Default::default() });
         let forked = {
             // The guest's last writes are made once a live fork has copied, and RAM's next place is chosen.
             let mut pause = || scribble(vm, &mut model, dice);
-            let mut guest = Mover { len, refuse: kind == 4, pause: &mut pause };
+            let mut guest = Mover { len, refuse: matches!(kind, 4 | 7), pause: &mut pause };
             match kind {
                 0 => Some(vm.fork(&mut guest).unwrap()),
                 1 | 2 => Some(vm.fork_live(&mut guest, &policy).unwrap()),
@@ -530,10 +570,16 @@ fn life(vm: &Vm<Mapped>, dice: &mut Dice, steps: u32, generations: u32, kinds: &
                     assert!(matches!(vm.fork_relocating(&mut guest), Err(ForkError::Relocate(_))));
                     None
                 }
+                6 => Some(vm.fork_live_relocating(&mut guest, &policy).unwrap()),
+                7 => {
+                    let refused = vm.fork_live_relocating(&mut guest, &policy);
+                    assert!(matches!(refused, Err(ForkError::Relocate(_))));
+                    None
+                }
                 _ => None,
             }
         };
-        assert_eq!(base(vm) != home, kind == 3, "step {step}");
+        assert_eq!(base(vm) != home, matches!(kind, 3 | 6), "step {step}");
         if kind == 5
             && let Some(origin) = &origin
         {

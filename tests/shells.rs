@@ -164,8 +164,8 @@ impl Guest for Cpus {
     }
 
     fn save(&mut self) -> Result<DeviceState, BoxError> {
-        let machine = self.machine.as_ref().unwrap();
-        Ok(DeviceState::from_object(Arc::new(MachineState::capture(&self.plan, machine.vm(), machine.vcpus())?)))
+        let machine = self.machine.as_mut().unwrap();
+        Ok(DeviceState::from_object(Arc::new(machine.capture(&self.plan)?)))
     }
 
     fn resume(&mut self) -> Result<(), BoxError> {
@@ -517,11 +517,11 @@ fn assert_like_new(host: &Arc<KvmHost>, shell: &Shell, devices: Devices) {
     let mut new = VmBuilder::new(host).unwrap().devices(devices).unwrap().vcpus(1).unwrap();
     new.vcpus()[0].set_cpuid2(host.supported_cpuid()).unwrap();
     let plan = MachinePlan::read(host, new.vcpus(), devices).unwrap();
-    let untouched = MachineState::capture(&plan, new.vm(), new.vcpus()).unwrap();
+    let untouched = new.capture(&plan).unwrap();
     // A shell is warmed where the kernel allows. That does not enter the guest either, and says of vector state at its initial values that
     // it is in use.
     finish_exit(&mut new.vcpus_mut()[0], VcpuIndex::new(0), |exit| panic!("unexpected exit {exit:?}")).unwrap();
-    let warm = MachineState::capture(&plan, new.vm(), new.vcpus()).unwrap();
+    let warm = new.capture(&plan).unwrap();
     let shell_state = shell.capture().unwrap();
     let by_itself = |part| matches!(part, Part::Msr(MsrIndex::TSC) | Part::Clock | Part::Pit | Part::LapicTimer);
     let [from_untouched, from_warm] = [untouched, warm].map(|new| {

@@ -37,7 +37,7 @@ impl Guest for Parent {
     }
 
     fn save(&mut self) -> Result<DeviceState, BoxError> {
-        let state = MachineState::capture(&self.plan, self.machine.vm(), self.machine.vcpus())?;
+        let state = self.machine.capture(&self.plan)?;
         Ok(DeviceState::from_object(Arc::new(state)))
     }
 
@@ -125,7 +125,7 @@ fn engine_clone(
     let clone = point.spawn(CloneSpec::default())?;
     let mut machine =
         VmBuilder::new(host)?.engine_ram(clone.ram())?.devices(state.devices())?.vcpus(state.vcpu_count())?;
-    state.restore(host, machine.vm(), machine.vcpus())?;
+    machine.restore(host, state)?;
     run_to_exit(&mut machine.vcpus_mut()[0]);
     Ok((machine, clone))
 }

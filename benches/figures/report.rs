@@ -6,13 +6,14 @@ use std::io::Write as _;
 use super::options::Mode;
 use super::sample::Stats;
 
-/// The unit of a row's numbers; the base unit is a nanosecond, or a byte.
+/// The unit of a row's numbers; the base unit is a nanosecond, a byte, or one a second.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Unit {
     Nanoseconds,
     Microseconds,
     Milliseconds,
     Bytes,
+    PerSecond,
     /// Of whatever the row names.
     Count,
     Ratio,
@@ -25,6 +26,7 @@ impl Unit {
             Self::Microseconds => "µs",
             Self::Milliseconds => "ms",
             Self::Bytes => "bytes",
+            Self::PerSecond => "/s",
             Self::Count => "",
             Self::Ratio => "×",
         }
@@ -32,7 +34,7 @@ impl Unit {
 
     fn of(self, base: f64) -> f64 {
         match self {
-            Self::Nanoseconds | Self::Bytes | Self::Count | Self::Ratio => base,
+            Self::Nanoseconds | Self::Bytes | Self::PerSecond | Self::Count | Self::Ratio => base,
             Self::Microseconds => base / 1e3,
             Self::Milliseconds => base / 1e6,
         }

@@ -149,7 +149,7 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
                     let clone = point.spawn(CloneSpec::default()).expect("a clone");
                     let built = VmBuilder::new(host).and_then(|vm| vm.engine_ram(clone.ram()));
                     let mut machine = built.and_then(|vm| vm.devices(devices)?.vcpus(1)).expect("a machine");
-                    state.restore(host, machine.vm(), machine.vcpus()).expect("a state that fits");
+                    machine.restore(host, state).expect("a state that fits");
                     run_once(&mut machine.vcpus_mut()[0]);
                     (clone, machine)
                 });
@@ -185,8 +185,8 @@ fn capture(parent: &mut TinyGuest<'_>) -> Result<Arc<MachineState>, Skip> {
     use offshoot::Guest;
     let wrong = |error: offshoot::BoxError| Skip::new(error.to_string());
     parent.cpus.pause().map_err(wrong)?;
-    let machine = parent.cpus.machine.as_ref().expect("it was started");
-    Ok(Arc::new(MachineState::capture(&parent.cpus.plan, machine.vm(), machine.vcpus())?))
+    let machine = parent.cpus.machine.as_mut().expect("it was started");
+    Ok(Arc::new(machine.capture(&parent.cpus.plan)?))
 }
 
 /// A memory file with the program in it.
@@ -258,7 +258,7 @@ impl BareShell {
 
     fn enter(&mut self, host: &KvmHost, file: &File, state: &MachineState) {
         self.ram = Some(BareRam::map(file, self.size, self.hole).expect("a hole"));
-        state.load(host, &self.vm, &self.vcpus, Target::Fresh).expect("a state that fits");
+        state.load(host, &self.vm, &mut self.vcpus, Target::Fresh).expect("a state that fits");
         run_once(&mut self.vcpus[0]);
     }
 }
@@ -285,7 +285,7 @@ fn zeroboot_like(
     let ram = BareRam::map(file, size, std::ptr::null_mut())?;
     bare_slot(&vm, size, ram.base as u64)?;
     let mut vcpus = vec![vm.create_vcpu(0)?];
-    state.restore(host, &vm, &vcpus)?;
+    state.restore(host, &vm, &mut vcpus)?;
     run_once(&mut vcpus[0]);
     Ok((vcpus, vm, ram))
 }

@@ -136,54 +136,61 @@ fn together(threads: usize, call: impl Fn() + Sync) -> f64 {
     wall.as_secs_f64() * 1e9 / (f64::from(CALLS) * threads as f64)
 }
 
-fn two_threads(backing: &str, effort: &Effort, report: &mut Report, call: impl Fn() + Sync) -> Stats {
-    let mut round = Round::new(effort);
-    round.probe(|| together(1, &call));
-    round.probe(|| together(2, &call));
-    let [one, two] = round.run();
-    report.row(&Row {
-        case: format!("{backing}: time of one, two threads"),
-        unit: Unit::Nanoseconds,
-        stats: two,
-        baseline: Some(Baseline::new("one thread", one)),
-        goal: Goal::None,
-    });
-    Stats::exactly(two.p50 / one.p50)
+/// Calls a second of all threads together.
+fn rate(stats: Stats) -> Stats {
+    Stats { p50: 1e9 / stats.p50, p99: 1e9 / stats.p99 }
 }
 
-/// Spawning and dropping clones of one fork point by one and by two threads, beside what the kernel allows.
-pub fn parallel(effort: &Effort, report: &mut Report) -> Outcome {
-    let len = ByteSize::mib(64);
-    let of = |report: &mut Report, name: &str, ours: Stats, baseline: &str, theirs: Stats| {
+/// By one and by two threads, beside a baseline of as many.
+fn rates(
+    effort: &Effort,
+    report: &mut Report,
+    (name, call): (&str, &(dyn Fn() + Sync)),
+    (baseline, bare): (&str, &(dyn Fn() + Sync)),
+) {
+    let mut round = Round::new(effort);
+    for threads in [1, 2] {
+        round.probe(move || together(threads, call));
+        round.probe(move || together(threads, bare));
+    }
+    let [one, bare_one, two, bare_two] = round.run();
+    for (threads, stats, bare) in [("one thread", one, bare_one), ("two threads", two, bare_two)] {
         report.row(&Row {
-            case: format!("{name}: two threads over one"),
-            unit: Unit::Ratio,
-            stats: ours,
-            baseline: Some(Baseline::new(baseline, theirs)),
+            case: format!("{name} a second, {threads}"),
+            unit: Unit::Count,
+            stats: rate(stats),
+            baseline: Some(Baseline::new(format!("{baseline}, {threads}"), rate(bare))),
             goal: Goal::None,
         });
-    };
-    let nothing = two_threads("nothing but counting", effort, report, || {
-        black_box((0..1000).fold(0_u64, |sum, n| black_box(sum + n)));
+    }
+    let scaling = |two: Stats, one: Stats| Stats::exactly(one.p50 / two.p50);
+    report.row(&Row {
+        case: format!("{name}: two threads over one"),
+        unit: Unit::Ratio,
+        stats: scaling(two, one),
+        baseline: Some(Baseline::new(baseline, scaling(bare_two, bare_one))),
+        goal: Goal::None,
     });
+}
+
+/// Spawning and dropping clones of one fork point by one and by two threads, beside what the kernel and this machine allow.
+pub fn parallel(effort: &Effort, report: &mut Report) -> Outcome {
+    let len = ByteSize::mib(64);
     #[cfg(target_os = "linux")]
     {
         use super::bare::{View, filled_memfd};
         let file = filled_memfd(ByteSize::mib(1))?;
-        let bare = two_threads("bare mmap and munmap of a memfd", effort, report, || {
-            drop(View::private(&file, len).expect("room for a mapping"));
-        });
+        let bare = || drop(View::private(&file, len).expect("room for a mapping"));
         let point = fork_point::<offshoot::backing::Mapped>(len)?;
-        let mapped = two_threads("mapped, spawn and drop", effort, report, || {
-            drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
-        });
-        of(report, "mapped", mapped, "bare mmap", bare);
+        let spawn = || drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
+        rates(effort, report, ("mapped spawns", &spawn), ("bare mmap and munmap", &bare));
     }
+    let count = || {
+        black_box((0..1000).fold(0_u64, |sum, n| black_box(sum + n)));
+    };
     let point = fork_point::<Heap>(len)?;
-    let heap = two_threads("heap, spawn and drop", effort, report, || {
-        drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
-    });
-    of(report, "heap", heap, "nothing but counting", nothing);
+    let spawn = || drop(point.spawn(CloneSpec::default()).expect("room for a clone"));
+    rates(effort, report, ("heap spawns", &spawn), ("counting to 1,000", &count));
     Ok(())
 }
 

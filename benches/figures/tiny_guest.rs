@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, MachineState, Shell, ShellPool, ShellShape, VcpuIndex,
-    VmBuilder, finish_exit,
+    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex, VmBuilder,
+    finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
 use offshoot::ram::RamLayout;
 use offshoot::{BoxError, DeviceState, Guest, Relocate, Vm, VmName};
 
-use super::report::Skip;
+use super::report::{Outcome, Skip};
 use super::subject::tree;
 
 /// Real mode: `out 0x10, al; jmp` back.
@@ -62,9 +62,7 @@ impl<'p> TinyGuest<'p> {
         let mut machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(devices)?.vcpus(1)?;
         let vcpu = &mut machine.vcpus_mut()[0];
         vcpu.set_cpuid2(host.supported_cpuid())?;
-        if devices.irqchips == Irqchips::InKernel {
-            vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
-        }
+        make_runnable(vcpu, devices)?;
         let mut sregs = vcpu.get_sregs()?;
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
         vcpu.set_sregs(&sregs)?;
@@ -74,6 +72,22 @@ impl<'p> TinyGuest<'p> {
         vm.start()?;
         Ok(Self { vm, cpus: Cpus { machine: Some(machine), plan, pool, next: None } })
     }
+}
+
+/// A vCPU beside in-kernel chips waits to be started by another one, unless it is told otherwise.
+pub fn make_runnable(vcpu: &VcpuFd, devices: Devices) -> Outcome {
+    if devices.irqchips == Irqchips::InKernel {
+        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
+    }
+    Ok(())
+}
+
+/// Turns on 32-bit mode with flat segments and no paging.
+pub fn flat(fresh: kvm_sregs) -> kvm_sregs {
+    let segment = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, db: 1, ..Default::default() };
+    let code = kvm_segment { selector: 8, type_: 11, ..segment };
+    let data = kvm_segment { selector: 16, type_: 3, ..segment };
+    kvm_sregs { cs: code, ds: data, es: data, fs: data, gs: data, ss: data, cr0: 0x11, ..fresh }
 }
 
 /// To the next byte that the guest sends.
@@ -103,7 +117,7 @@ impl Guest for Cpus<'_> {
     fn save(&mut self) -> Result<DeviceState, BoxError> {
         let plan = self.plan.clone();
         let machine = self.machine();
-        Ok(DeviceState::from_object(Arc::new(MachineState::capture(&plan, machine.vm(), machine.vcpus())?)))
+        Ok(DeviceState::from_object(Arc::new(machine.capture(&plan)?)))
     }
 
     fn resume(&mut self) -> Result<(), BoxError> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::VcpuFd;
 use offshoot::backing::Mapped;
 use offshoot::frontend::kvm::{Devices, KvmHost, KvmMachine, MachinePlan, MachineState, VmBuilder};
@@ -11,7 +11,7 @@ use offshoot::{AtRest, DeviceState, ForkPoint, Vm, VmName};
 
 use super::report::Skip;
 use super::subject::{PAGE, tree};
-use super::tiny_guest::{layout, run_once};
+use super::tiny_guest::{flat, layout, run_once};
 
 const CODE: u64 = 0x6000;
 /// The first page that it writes.
@@ -47,10 +47,10 @@ impl Toucher {
             vm.ram().write(GuestAddress::new(at), &block)?;
         }
         vm.ram().write(GuestAddress::new(CODE), &program(u32::try_from(pages)?))?;
-        let machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(1)?;
-        flat(&host, &machine.vcpus()[0])?;
+        let mut machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(1)?;
+        set_up(&host, &machine.vcpus()[0])?;
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE)?;
-        let state = Arc::new(MachineState::capture(&plan, machine.vm(), machine.vcpus())?);
+        let state = Arc::new(machine.capture(&plan)?);
         drop(machine);
         vm.start()?;
         let point = vm.fork(&mut AtRest(DeviceState::from_object(state.clone())))?;
@@ -61,8 +61,8 @@ impl Toucher {
     /// A machine for a clone, ready to run.
     pub fn machine(&self, clone: &Vm<Mapped>) -> Result<KvmMachine, Skip> {
         let built = VmBuilder::new(&self.host)?.engine_ram(clone.ram())?.devices(Devices::NONE)?;
-        let machine = built.vcpus(1)?;
-        self.state.restore(&self.host, machine.vm(), machine.vcpus())?;
+        let mut machine = built.vcpus(1)?;
+        machine.restore(&self.host, &self.state)?;
         Ok(machine)
     }
 
@@ -72,24 +72,9 @@ impl Toucher {
     }
 }
 
-fn flat(host: &KvmHost, vcpu: &VcpuFd) -> Result<(), Skip> {
+fn set_up(host: &KvmHost, vcpu: &VcpuFd) -> Result<(), Skip> {
     vcpu.set_cpuid2(host.supported_cpuid())?;
-    let mut sregs = vcpu.get_sregs()?;
-    let segment = |selector, type_| kvm_segment {
-        base: 0,
-        limit: u32::MAX,
-        selector,
-        type_,
-        present: 1,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = segment(8, 0xb);
-    [sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss] = [segment(16, 3); 5];
-    sregs.cr0 |= 1;
-    vcpu.set_sregs(&sregs)?;
+    vcpu.set_sregs(&flat(vcpu.get_sregs()?))?;
     vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rsp: 0x5000, ..Default::default() })?;
     Ok(())
 }

@@ -177,6 +177,8 @@ pub fn depth(effort: &Effort, report: &mut Report) -> Outcome {
     let len = effort.pick(ByteSize::mib(16), ByteSize::mib(256));
     needs_memory(ByteSize::new(8 * len.get()))?;
     let shape = Shape { len, limits: Limits::default(), levels: 1000, writes: Writes::Anywhere };
+    // Merged again and again, or spawned of many pieces: smaller.
+    let dear = Shape { len: effort.pick(ByteSize::mib(8), ByteSize::mib(32)), levels: effort.pick(200, 1000), ..shape };
     let flat = Goal::Ratio(1.1);
     #[cfg(target_os = "linux")]
     {
@@ -184,9 +186,9 @@ pub fn depth(effort: &Effort, report: &mut Report) -> Outcome {
         one_depth::<Mapped>("mapped", Shape { writes: Writes::WorkingSet, ..shape }, flat, effort, report)?;
         // As few mappings as level 1 has: nearly all of RAM is copied at each fork, when nobody waits.
         let limits = Limits { merge_over_layers: 2, merge_over_mappings: 2 * WRITTEN, ..shape.limits };
-        let few = Shape { limits, levels: effort.pick(200, 1000), ..shape };
+        let few = Shape { limits, ..dear };
         one_depth::<Mapped>("mapped, at most 32 mappings", few, flat, effort, report)?;
-        one_depth::<Mapped>("mapped, at most 2048 mappings", shape, Goal::None, effort, report)?;
+        one_depth::<Mapped>("mapped, at most 2048 mappings", dear, Goal::None, effort, report)?;
     }
     one_depth::<Heap>("heap", shape, flat, effort, report)
 }

@@ -10,10 +10,10 @@ use offshoot::page::{ByteSize, GuestAddress, Lba};
 use offshoot::{BoxError, Vm};
 
 use crate::board::DISK;
+use crate::common::random::Random;
 use crate::disk::{BaseImage, SECTORS};
 use crate::guest::{Lane, PAGE, SECTOR};
 use crate::model::{Cut, Model};
-use crate::random::Random;
 use crate::witness::RamCopy;
 
 /// Pages and sectors that nobody wrote, looked at in each VM unless all are.

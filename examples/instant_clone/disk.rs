@@ -10,8 +10,8 @@ use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, Geometry, GeometryError, Lba, PageSize, SECTOR_SIZE, SectorCount};
 use offshoot::{BoxError, SpaceError, Tree};
 
+use crate::common::random::Random;
 use crate::guest::SECTOR;
-use crate::random::Random;
 
 const SIZE: ByteSize = ByteSize::mib(64);
 const IMAGE_SIZE: usize = 4 << 20;

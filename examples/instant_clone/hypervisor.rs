@@ -33,7 +33,7 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     fn power_on(&self, vm: &Vm<Self::Ram>, lanes: &[Lane]) -> Result<(Self::Chassis, Vec<Self::Cpu>), BoxError>;
 
     /// The state of a machine at rest.
-    fn save(&self, chassis: &Self::Chassis, cpus: &[&Self::Cpu]) -> Result<DeviceState, BoxError>;
+    fn save(&self, chassis: &Self::Chassis, cpus: &mut [&mut Self::Cpu]) -> Result<DeviceState, BoxError>;
 
     /// A machine that runs on from where another one was saved.
     fn restore(&self, vm: &Vm<Self::Ram>, state: &DeviceState) -> Result<(Self::Chassis, Vec<Self::Cpu>), BoxError>;

@@ -165,9 +165,9 @@ impl<H: Hypervisor> Guest for Vcpus<H> {
 
     fn save(&mut self) -> Result<DeviceState, BoxError> {
         self.at_cut = self.reached()?;
-        let cpus: Vec<_> = self.vcpus.iter().map(|vcpu| lock(&vcpu.cpu)).collect();
-        let cpus: Vec<_> = cpus.iter().map(|cpu| &**cpu).collect();
-        self.hypervisor.save(&self.chassis, &cpus)
+        let mut cpus: Vec<_> = self.vcpus.iter().map(|vcpu| lock(&vcpu.cpu)).collect();
+        let mut cpus: Vec<_> = cpus.iter_mut().map(|cpu| &mut **cpu).collect();
+        self.hypervisor.save(&self.chassis, &mut cpus)
     }
 
     fn resume(&mut self) -> Result<(), BoxError> {

@@ -17,9 +17,12 @@
 //! | `guest.rs` | what guests do, and what their pages look like |
 //! | `scenario.rs` | the job, step by step |
 //! | `model.rs`, `witness.rs`, `check.rs` | how it is known that nothing leaked |
+//! | `../common/` | what it shares with other examples: assemblers, the command line |
 
 mod board;
 mod check;
+#[path = "../common/mod.rs"]
+mod common;
 mod disk;
 mod guest;
 mod hypervisor;
@@ -30,7 +33,6 @@ mod memory;
 mod model;
 mod options;
 mod pool;
-mod random;
 mod report;
 mod scenario;
 mod sim;
@@ -42,7 +44,8 @@ use std::sync::Arc;
 
 use offshoot::BoxError;
 
-use options::{Backend, Command, HELP, Options, Output};
+use common::args::{Backend, Output};
+use options::{Command, HELP, Options};
 use report::Report;
 
 const FAILED: u8 = 1;

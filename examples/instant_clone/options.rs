@@ -5,7 +5,8 @@ use std::ffi::OsString;
 use offshoot::page::ByteSize;
 
 use crate::check::Coverage;
-use crate::guest::{LEAST_RAM, MAX_LANES, PAGE};
+use crate::common::args::{Args, Backend, Fault, Output};
+use crate::guest::{LEAST_RAM, MAX_LANES};
 
 pub const HELP: &str = "\
 Forks a running virtual machine into many running clones, lets them diverge, and checks every one.
@@ -23,27 +24,6 @@ Usage: instant_clone [options]
   --help             print this
 
 Exits with 0 if every clone held what it must, with 1 if not or if something failed, with 2 for bad options.";
-
-/// What executes the guests.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Backend {
-    Sim,
-    Kvm,
-}
-
-/// How the report is printed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Output {
-    Text,
-    Json,
-}
-
-/// Whether the run is to fail: not in the help, for testing the check.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fault {
-    None,
-    FlipOneByte,
-}
 
 /// The options of one run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -85,76 +65,27 @@ pub enum Command {
 /// Reads the command line, without the program's name. An error says what is wrong with it.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let mut options = Options::default();
-    let mut args = args.map(|arg| arg.into_string().map_err(|arg| format!("{} is not text", arg.display())));
-    while let Some(arg) = args.next().transpose()? {
-        let (name, attached) = match arg.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (arg.as_str(), None),
-        };
-        let flag = |attached: &Option<String>| match attached {
-            Some(_) => Err(format!("{name} takes no value")),
-            None => Ok(()),
-        };
-        let mut value = || match attached.clone() {
-            Some(value) => Ok(value),
-            None => args.next().unwrap_or_else(|| Err(format!("{name} needs a value"))),
-        };
-        match name {
-            "--help" | "-h" => return flag(&attached).map(|()| Command::Help),
-            "--json" => flag(&attached).map(|()| options.output = Output::Json)?,
-            "--inject-fault" => flag(&attached).map(|()| options.fault = Fault::FlipOneByte)?,
-            "--backend" => options.backend = Some(backend(&value()?)?),
-            "--ram" => options.ram = ram(&value()?)?,
-            "--clones" => options.clones = number(name, &value()?, 1, 100_000)? as u32,
-            "--depth" => options.depth = number(name, &value()?, 1, 1000)? as u32,
-            "--vcpus" => options.vcpus = number(name, &value()?, 1, MAX_LANES.into())? as u32,
-            "--seed" => options.seed = number(name, &value()?, 0, u64::MAX)?,
-            "--check" => match value()?.as_str() {
+    let mut args = Args::new(args);
+    while let Some(name) = args.next_name()? {
+        match name.as_str() {
+            "--help" | "-h" => return args.flag().map(|()| Command::Help),
+            "--json" => args.flag().map(|()| options.output = Output::Json)?,
+            "--inject-fault" => args.flag().map(|()| options.fault = Fault::FlipOneByte)?,
+            "--backend" => options.backend = Some(args.backend()?),
+            "--ram" => options.ram = args.size(LEAST_RAM, ByteSize::gib(1024))?,
+            "--clones" => options.clones = args.number(1, 100_000)? as u32,
+            "--depth" => options.depth = args.number(1, 1000)? as u32,
+            "--vcpus" => options.vcpus = args.number(1, MAX_LANES.into())? as u32,
+            "--seed" => options.seed = args.number(0, u64::MAX)?,
+            "--check" => match args.value()?.as_str() {
                 "full" => options.coverage = Coverage::Full,
                 "written" => options.coverage = Coverage::Written,
                 other => return Err(format!("--check {other}: full or written")),
             },
-            _ => return Err(format!("there is no option {arg}")),
+            _ => return Err(format!("there is no option {name}")),
         }
     }
     Ok(Command::Run(options))
-}
-
-fn backend(name: &str) -> Result<Backend, String> {
-    match name {
-        "sim" => Ok(Backend::Sim),
-        "kvm" => Ok(Backend::Kvm),
-        _ => Err(format!("--backend {name}: kvm or sim")),
-    }
-}
-
-fn number(name: &str, text: &str, least: u64, most: u64) -> Result<u64, String> {
-    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
-    number.ok_or_else(|| format!("{name} {text}: a number from {least} to {most}"))
-}
-
-/// A number of bytes, or of KiB, MiB, GiB or TiB with K, M, G or T after it.
-fn size(text: &str) -> Option<ByteSize> {
-    let unit = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, unit) = text.split_at(unit);
-    let shift = match unit {
-        "" => 0,
-        "K" | "k" => 10,
-        "M" | "m" => 20,
-        "G" | "g" => 30,
-        "T" | "t" => 40,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift).map(ByteSize::new)
-}
-
-fn ram(text: &str) -> Result<ByteSize, String> {
-    let most = ByteSize::gib(1024);
-    let size = size(text).ok_or_else(|| format!("--ram {text}: a size such as 512M or 1G"))?;
-    if size < LEAST_RAM || size > most || !size.get().is_multiple_of(PAGE as u64) {
-        return Err(format!("--ram {text}: from 4M to 1T, in whole pages of 4K"));
-    }
-    Ok(size)
 }
 
 #[cfg(test)]

@@ -8,15 +8,16 @@ use offshoot::page::GuestAddress;
 use offshoot::{BoxError, ForkPoint, ForkTimings, Tree, TreeUsage};
 
 use crate::check::{Checker, Setting};
+use crate::common::args::Fault;
+use crate::common::random::Random;
 use crate::disk::{BaseImage, SECTORS, new_disk};
 use crate::guest::{self, Lane, PAGE, ROUND};
 use crate::hypervisor::Hypervisor;
 use crate::machine::Machine;
 use crate::memory::MemoryReport;
 use crate::model::{Cut, Reached};
-use crate::options::{Fault, Options};
+use crate::options::Options;
 use crate::pool::{Progress, cores, share};
-use crate::random::Random;
 use crate::report::{Level, Report, Stages};
 use crate::witness::Witness;
 

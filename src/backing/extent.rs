@@ -1,8 +1,9 @@
 //! What a range of a space is made of, for whoever copies a space and need not copy what is not there.
 //!
-//! Knows page ranges and nothing else.
+//! Knows page ranges and indexes, and not what holds a page.
 
-use crate::page::PageRange;
+use crate::overlay::{Index, PageRef, PageState};
+use crate::page::{PageIndex, PageRange};
 
 /// Where the bytes of some pages come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,8 +35,24 @@ pub struct Extent {
     pub state: Allocation,
 }
 
+/// What an index says of `range`, over a base image that ends before the page `base_end`: past it, what nobody wrote is zeroes.
+pub(crate) fn extents_of<P: PageRef>(index: &Index<P>, range: PageRange, base_end: PageIndex) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    for (pages, page) in index.runs(range) {
+        let (state, split) = match page {
+            PageState::Data(_) => (Allocation::Data, pages.end()),
+            PageState::Absent => (Allocation::Base, base_end.clamp(pages.start(), pages.end())),
+            PageState::Zero => (Allocation::Zero, pages.end()),
+        };
+        push(&mut extents, Extent { pages: PageRange::from_bounds(pages.start(), split), state });
+        let rest = PageRange::from_bounds(split, pages.end());
+        push(&mut extents, Extent { pages: rest, state: Allocation::Zero });
+    }
+    extents
+}
+
 /// Appends an extent, joined to the one before where it goes on alike. Empty ones are dropped.
-pub(crate) fn push(extents: &mut Vec<Extent>, next: Extent) {
+fn push(extents: &mut Vec<Extent>, next: Extent) {
     match extents.last_mut() {
         _ if next.pages.is_empty() => {}
         Some(last) if last.state == next.state && last.pages.end() == next.pages.start() => {

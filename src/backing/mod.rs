@@ -15,14 +15,14 @@ mod heap;
 mod mapped;
 mod working_set;
 
-pub(crate) use extent::push as push_extent;
+pub(crate) use extent::extents_of;
 pub use extent::{Allocation, Extent};
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use mapped::{AddressHole, HostRange, Mapped, MappedCut, MappedImage, PlacedRam};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub(crate) use mapped::{Begun, NoCut, PauseBound, Precopy, Round};
+pub(crate) use mapped::{Begun, NoCut, Onward, PauseBound, Precopy, RamMapping, Round};
 pub use working_set::{Prefault, Prefaulted, WorkingSet};
 
 use std::fmt;
@@ -165,9 +165,8 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     /// [`SpaceError::Geometry`] past the end.
     fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
         self.geometry().check_pages(range)?;
-        let mut extents = Vec::new();
-        push_extent(&mut extents, Extent { pages: range, state: Allocation::Data });
-        Ok(extents)
+        let all = Extent { pages: range, state: Allocation::Data };
+        Ok(if range.is_empty() { Vec::new() } else { vec![all] })
     }
 
     /// Drops everything written since [`Backing::origin`], in place; returns how many pages that were. The guest must be paused.
@@ -219,8 +218,9 @@ pub trait Cut {
 /// Work that a cut put off. Dropping it does the work, on whatever thread drops it.
 #[derive(Default)]
 pub struct Deferred {
-    _work: Option<Box<dyn Send>>,
+    work: Option<Box<dyn Send>>,
     cost: Cost,
+    what: &'static str,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -233,12 +233,28 @@ enum Cost {
 impl Deferred {
     /// Puts off dropping `work` that takes microseconds: a fork does it before it returns.
     pub fn cheap(work: impl Send + 'static) -> Self {
-        Self { _work: Some(Box::new(work)), cost: Cost::Cheap }
+        Self { work: Some(Box::new(work)), cost: Cost::Cheap, what: "" }
     }
 
     /// Puts off dropping `work` that takes long, such as page tables to tear down: a fork does it on a thread of its own.
     pub fn costly(work: impl Send + 'static) -> Self {
-        Self { _work: Some(Box::new(work)), cost: Cost::Costly }
+        Self { work: Some(Box::new(work)), cost: Cost::Costly, what: "" }
+    }
+
+    /// Says what it is, for the account that [`ForkPoint::teardown`](crate::ForkPoint::teardown) gives.
+    #[must_use]
+    pub fn named(self, what: &'static str) -> Self {
+        Self { what, ..self }
+    }
+
+    /// What it is; empty where nobody said.
+    pub fn what(&self) -> &'static str {
+        self.what
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.work.is_none()
     }
 
     /// Whether it wants a thread of its own.
@@ -249,7 +265,7 @@ impl Deferred {
 
 impl fmt::Debug for Deferred {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Deferred({:?})", self.cost)
+        write!(f, "Deferred({:?}, {:?})", self.cost, self.what)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::error::SpaceError;
 use crate::page::{ByteOffset, Geometry, PageCount, PageRange, PageSet};
 
 /// [`Backing`] without its type.
-pub(crate) trait AnySpace: Send + Sync + fmt::Debug {
+pub(crate) trait AnySpace: Any + Send + Sync + fmt::Debug {
     fn geometry(&self) -> Geometry;
     fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError>;
     fn write(&self, at: ByteOffset, data: &[u8]) -> Result<(), SpaceError>;

@@ -8,6 +8,7 @@ mod erased;
 
 pub(crate) use erased::{AnySealed, AnySpace};
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -122,6 +123,19 @@ impl Disk {
     /// Whether it may be written.
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// The backing under it, where it is a `B`: what only that kind can be asked, such as the name of a durable disk.
+    ///
+    /// ```
+    /// use offshoot::{Tree, backing::Heap, disk::{Access, Disk}, page::SectorCount};
+    /// let disk = Disk::blank(&Tree::default(), SectorCount::new(8), Access::ReadWrite)?;
+    /// assert!(disk.backing::<Heap>().is_some());
+    /// # Ok::<(), offshoot::disk::DiskError>(())
+    /// ```
+    pub fn backing<B: Backing>(&self) -> Option<&B> {
+        let any: &dyn Any = &*self.space;
+        any.downcast_ref()
     }
 
     pub(crate) fn space(&self) -> &dyn AnySpace {

@@ -28,7 +28,14 @@ pub(crate) enum Call {
     Getrandom,
     #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "only that front end makes it"))]
     Poll,
-    /// Any call that creates a part of a KVM machine ahead of need.
+    Fdatasync,
+    Fsync,
+    Flock,
+    Fadvise,
+    Rename,
+    Unlink,
+    Readdir,
+    /// Any call on a KVM machine that makes a part of it ahead of need, moves its registers or reads its log.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
 }
@@ -57,6 +64,13 @@ impl Call {
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
             Self::Poll => "poll",
+            Self::Fdatasync => "fdatasync",
+            Self::Fsync => "fsync",
+            Self::Flock => "flock",
+            Self::Fadvise => "posix_fadvise",
+            Self::Rename => "rename",
+            Self::Unlink => "unlink",
+            Self::Readdir => "readdir",
             Self::Kvm => "ioctl(KVM)",
         }
     }

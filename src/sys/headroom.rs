@@ -40,7 +40,8 @@ impl HostView for ThisHost {
 mod linux {
     use std::fs;
     use std::path::{Path, PathBuf};
-    use std::sync::OnceLock;
+
+    use parking_lot::Mutex;
 
     use crate::admission::{Headroom, HostSample, MemoryLimit};
     use crate::page::ByteSize;
@@ -49,8 +50,9 @@ mod linux {
     pub(super) fn look() -> HostSample {
         let host = fs::read_to_string("/proc/meminfo").ok().and_then(|text| kib_of(&text, "MemAvailable:"));
         // Asked once a process: it is dear, and whoever moves a process to another group does so before it has VMs.
-        static MEMBERSHIP: OnceLock<String> = OnceLock::new();
-        let membership = MEMBERSHIP.get_or_init(|| fs::read_to_string("/proc/self/cgroup").unwrap_or_default());
+        static MEMBERSHIP: Mutex<Option<String>> = Mutex::new(None);
+        let mut membership = MEMBERSHIP.lock();
+        let membership = membership.get_or_insert_with(|| fs::read_to_string("/proc/self/cgroup").unwrap_or_default());
         let group = cgroup_room(Path::new("/sys/fs/cgroup"), membership);
         let available = [(host, MemoryLimit::Host), (group, MemoryLimit::Cgroup)];
         let available = available.into_iter().filter_map(|(room, limit)| Some((room?, limit)));

@@ -147,7 +147,7 @@ impl HollowVm {
 }
 
 /// Whether this kernel is 6.12 or later. False if it cannot be told.
-fn vcpus_change_threads_freely() -> bool {
+pub(crate) fn vcpus_change_threads_freely() -> bool {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| at_least_6_12(&release))
 }
 

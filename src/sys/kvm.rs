@@ -1,4 +1,4 @@
-//! All the `unsafe` that KVM needs: the two calls whose argument has no fixed size (XSAVE), the two that `kvm-ioctls`
+//! All the `unsafe` that KVM needs: the calls whose argument has no fixed size (XSAVE, the dirty log), the two that `kvm-ioctls`
 //! does not offer (special registers with page-directory pointers), kernel structures seen as bytes, and memory slots.
 //!
 //! It knows the kernel's ABI and nothing about what a machine is: order, skipping and errors with advice belong to
@@ -18,9 +18,9 @@ use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_sregs2,
-    kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2,
+    kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_sregs2, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd, VmFd};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
@@ -39,6 +39,7 @@ const KVM_GET_XSAVE: Opcode = opcode::read::<LegacyXsave>(KVM_GROUP, 0xa4);
 const KVM_SET_XSAVE: Opcode = opcode::write::<LegacyXsave>(KVM_GROUP, 0xa5);
 const KVM_GET_XSAVE2: Opcode = opcode::read::<LegacyXsave>(KVM_GROUP, 0xcf);
 const KVM_GET_SREGS2: Opcode = opcode::read::<kvm_sregs2>(KVM_GROUP, 0xcc);
+const KVM_GET_DIRTY_LOG: Opcode = opcode::write::<kvm_dirty_log>(KVM_GROUP, 0x42);
 const KVM_PRE_FAULT_MEMORY: Opcode = opcode::read_write::<kvm_pre_fault_memory>(KVM_GROUP, 0xd5);
 const KVM_SET_SREGS2: Opcode = opcode::write::<kvm_sregs2>(KVM_GROUP, 0xcd);
 
@@ -67,13 +68,13 @@ unsafe impl Ioctl for PointerCall {
     }
 }
 
-/// Issues `opcode` on a vCPU with a pointer argument.
+/// Issues `opcode` on a vCPU or a machine with a pointer argument.
 ///
 /// # Safety
 /// `argument` must be valid for the whole call for every byte the kernel reads or writes under that call number.
-unsafe fn vcpu_call(vcpu: &VcpuFd, opcode: Opcode, argument: *mut c_void) -> io::Result<()> {
-    // SAFETY: the descriptor is open for as long as `vcpu` is borrowed.
-    let fd: BorrowedFd<'_> = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+unsafe fn call(on: &impl AsRawFd, opcode: Opcode, argument: *mut c_void) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as its owner is borrowed.
+    let fd: BorrowedFd<'_> = unsafe { BorrowedFd::borrow_raw(on.as_raw_fd()) };
     // SAFETY: the caller vouches for the argument.
     unsafe { rustix::ioctl::ioctl(fd.as_fd(), PointerCall { opcode, argument }) }.map_err(io::Error::from)
 }
@@ -110,16 +111,16 @@ impl XsaveArea {
     pub(crate) fn read(vcpu: &VcpuFd, size: ByteSize) -> io::Result<Self> {
         let used = (size.get() as usize).max(XSAVE_LEGACY_SIZE);
         let mut area = Self::zeroed(used);
-        let call = if used > XSAVE_LEGACY_SIZE { KVM_GET_XSAVE2 } else { KVM_GET_XSAVE };
+        let opcode = if used > XSAVE_LEGACY_SIZE { KVM_GET_XSAVE2 } else { KVM_GET_XSAVE };
         // SAFETY: the buffer is at least `xsave_bound()` bytes, which bounds what the kernel writes.
-        unsafe { vcpu_call(vcpu, call, area.words.as_mut_ptr().cast())? };
+        unsafe { call(vcpu, opcode, area.words.as_mut_ptr().cast())? };
         Ok(area)
     }
 
     /// Loads the area into a vCPU.
     pub(crate) fn write(&self, vcpu: &VcpuFd) -> io::Result<()> {
         // SAFETY: the buffer is at least `xsave_bound()` bytes, which bounds what the kernel reads; it does not write.
-        unsafe { vcpu_call(vcpu, KVM_SET_XSAVE, self.words.as_ptr().cast_mut().cast()) }
+        unsafe { call(vcpu, KVM_SET_XSAVE, self.words.as_ptr().cast_mut().cast()) }
     }
 
     /// The bytes the kernel filled in.
@@ -144,14 +145,14 @@ impl XsaveArea {
 pub(crate) fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
     let mut sregs = kvm_sregs2::default();
     // SAFETY: the kernel writes one `kvm_sregs2`, whose size is part of the call number.
-    unsafe { vcpu_call(vcpu, KVM_GET_SREGS2, (&raw mut sregs).cast())? };
+    unsafe { call(vcpu, KVM_GET_SREGS2, (&raw mut sregs).cast())? };
     Ok(sregs)
 }
 
 /// The opposite of [`get_sregs2`].
 pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
     // SAFETY: the kernel reads one `kvm_sregs2`, whose size is part of the call number.
-    unsafe { vcpu_call(vcpu, KVM_SET_SREGS2, (&raw const *sregs).cast_mut().cast()) }
+    unsafe { call(vcpu, KVM_SET_SREGS2, (&raw const *sregs).cast_mut().cast()) }
 }
 
 /// Fills a vCPU's second-level page tables for `size` bytes from `at`, as if it had read there. Linux 6.11, with hardware paging.
@@ -163,7 +164,7 @@ pub(crate) fn pre_fault(vcpu: &VcpuFd, at: GuestAddress, size: ByteSize) -> io::
         fault::check(Call::Kvm)?;
         // SAFETY: the kernel reads and writes one `kvm_pre_fault_memory`, whose size is part of the call number. What it maps is
         // what the vCPU could reach anyway.
-        match unsafe { vcpu_call(vcpu, KVM_PRE_FAULT_MEMORY, (&raw mut range).cast()) } {
+        match unsafe { call(vcpu, KVM_PRE_FAULT_MEMORY, (&raw mut range).cast()) } {
             Err(error) if !matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
                 return Err(error);
             }
@@ -312,7 +313,8 @@ pub enum DirtyLog {
     /// No log: the cheapest slot, and what a clone wants.
     #[default]
     Off,
-    /// `KVM_GET_DIRTY_LOG` works on the slot; every first write to a page costs an exit.
+    /// KVM notes the pages that the guest writes, for [`RamSlot::take_dirty`](crate::frontend::kvm::RamSlot::take_dirty) and the machine's. A
+    /// first write to a page after each such call may cost an exit.
     On,
 }
 
@@ -367,6 +369,26 @@ impl Slot {
         // SAFETY: only a running vCPU reaches memory through a slot, and the caller lets none run until the memory there is
         // owned by what `adopt` is given.
         unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    }
+
+    /// Reads the log of pages written, a bit for each page of 4 KiB, and clears it. `bits` has room for the whole slot.
+    ///
+    /// # Errors
+    /// `ENOENT` where the slot has no log; the plan's.
+    pub(crate) fn read_log(&self, bits: &mut [u64]) -> io::Result<()> {
+        let pages = self.memory.size().get().div_ceil(4096);
+        if (bits.len() as u64) < pages.div_ceil(64) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the log is longer than the room for it"));
+        }
+        fault::check(Call::Kvm)?;
+        let dirty_bitmap = bits.as_mut_ptr().cast();
+        let mut log = kvm_dirty_log {
+            slot: self.number,
+            padding1: 0,
+            __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap },
+        };
+        // SAFETY: the kernel reads one `kvm_dirty_log`, and writes a bit for each page of the slot, in whole words: checked above.
+        unsafe { call(&*self.vm, KVM_GET_DIRTY_LOG, (&raw mut log).cast()) }
     }
 
     /// Takes over a slot that was registered before its memory was there.

@@ -6,8 +6,10 @@
 //! overlays, fork points or VMs.
 //!
 //! The mapped backing exists on 64-bit Linux (x86-64 and AArch64) with 4 KiB host pages. Elsewhere only
-//! [`entropy`], [`headroom`] (which knows nothing there), [`image_map`] and [`volatile`] are compiled.
+//! [`disk_file`] (any Unix), [`entropy`], [`headroom`] (which knows nothing there), [`image_map`] and [`volatile`] are compiled.
 
+#[cfg(unix)]
+pub(crate) mod disk_file;
 pub(crate) mod entropy;
 pub(crate) mod fault;
 pub(crate) mod headroom;

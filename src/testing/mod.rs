@@ -17,11 +17,15 @@
 //! Nothing here is compiled into a crate that does not ask for it. Must not be used by anything else in `src/`.
 
 pub mod conformance;
+#[cfg(unix)]
+pub mod crash;
 mod dice;
 #[cfg(unix)]
 pub mod faults;
 mod guest;
 mod host;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub mod live;
 mod model;
 mod pair;
 

@@ -15,7 +15,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
-use tracing::debug_span;
+use tracing::{Span, debug, debug_span};
 
 use super::timings::Stopwatch;
 use super::{
@@ -136,14 +136,29 @@ impl<B: Backing> Vm<B> {
         route: impl Route<'a, B, G>,
         afterwards: Afterwards,
     ) -> Result<ForkPoint<B>, ForkError> {
-        let _span = debug_span!("fork", vm = %self.identity.name).entered();
+        let span = debug_span!("fork", vm = %self.identity.name, call);
+        let forked = span.in_scope(|| self.transaction(call, guest, route, afterwards, &span));
+        if let Err(error) = &forked {
+            span.in_scope(|| debug!(%error, "not forked"));
+        }
+        forked
+    }
+
+    fn transaction<'a, G: Guest + ?Sized>(
+        &'a self,
+        call: &'static str,
+        guest: &mut G,
+        route: impl Route<'a, B, G>,
+        afterwards: Afterwards,
+        span: &Span,
+    ) -> Result<ForkPoint<B>, ForkError> {
         let mut clock = Stopwatch::start();
         let mut timings = ForkTimings::default();
         let mut busy = self.begin(call, "running or paused", &[VmStatus::Running, VmStatus::Paused])?;
         // Dropped before the VM is free for others.
         let mut route = route;
 
-        route.prepare(self, guest)?;
+        debug_span!("prepare").in_scope(|| route.prepare(self, guest))?;
         timings.prepare = clock.lap();
 
         let was_running = busy.before == VmStatus::Running;
@@ -202,7 +217,8 @@ impl<B: Backing> Vm<B> {
         };
         timings.resume = clock.lap();
         timings.total = clock.total();
-        let point = ForkPoint::new(self.tree.clone(), parts, timings, Teardown::run(deferred));
+        timings.note();
+        let point = ForkPoint::new(self.tree.clone(), parts, timings, Teardown::run(deferred, span));
         // The spaces lie on this cut now, so it is the VM's origin even where the guest could not be resumed: a reset that went
         // by an older one would load that one's device state over this one's memory.
         // The origin that it replaces may be the last name of many pages: let go of it outside the lock.

@@ -6,12 +6,12 @@
 
 use std::time::{Duration, Instant};
 
-use tracing::{debug, debug_span, warn};
+use tracing::{debug_span, warn};
 
 use super::fork::{Afterwards, Route};
 use super::timings::{Fallback, PrecopyEnd, PrecopyRound, PrecopyTimings};
 use super::{ForkError, ForkPoint, Guest, Vm};
-use crate::backing::{Backing, Begun, Mapped, MappedCut, NoCut, PauseBound, Precopy, Round};
+use crate::backing::{Backing, Begun, Mapped, MappedCut, NoCut, Onward, PauseBound, Precopy, Round};
 use crate::page::PageCount;
 use crate::sys::uffd::UffdError;
 
@@ -73,7 +73,7 @@ impl LivePolicy {
 
 /// A moment between two steps of a pre-copy, for tests to write at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Moment {
+pub enum Moment {
     /// A round's pages are protected, and not copied.
     Protected(usize),
     /// They are copied.
@@ -81,7 +81,7 @@ enum Moment {
 }
 
 /// What tests do at each [`Moment`].
-type Seam<'s> = &'s mut dyn FnMut(Moment, &mut Precopy<'_>);
+pub(crate) type Seam<'s> = &'s mut dyn FnMut(Moment, &mut Precopy<'_>);
 
 impl Vm<Mapped> {
     /// Forks the running VM as [`Vm::fork`] does, with the pages written since the last fork copied while the guest runs on: in rounds, each
@@ -127,21 +127,21 @@ impl Vm<Mapped> {
         self.fork_live_at(guest, policy, &mut |_, _| {})
     }
 
-    fn fork_live_at(
+    pub(crate) fn fork_live_at(
         &self,
         guest: &mut (impl Guest + ?Sized),
         policy: &LivePolicy,
         seam: Seam<'_>,
     ) -> Result<ForkPoint<Mapped>, ForkError> {
-        let report = PrecopyTimings::new(PrecopyEnd::NotNeeded);
-        self.cut_all("fork_live", guest, CopiedAhead { policy, seam, report, precopy: None }, Afterwards::RunOn)
+        self.cut_all("fork_live", guest, CopiedAhead::new(policy, seam, Onward::Here), Afterwards::RunOn)
     }
 }
 
-/// RAM's cut is prepared by a pre-copy, and RAM goes on where it is.
+/// RAM's cut is prepared by a pre-copy. As a route of its own, RAM goes on where it is.
 struct CopiedAhead<'a, 's> {
     policy: &'s LivePolicy,
     seam: Seam<'s>,
+    onward: Onward,
     report: PrecopyTimings,
     /// Unless there is nothing to copy, or no way to know what is written meanwhile.
     precopy: Option<Precopy<'a>>,
@@ -149,9 +149,32 @@ struct CopiedAhead<'a, 's> {
 
 impl<'a, G: Guest + ?Sized> Route<'a, Mapped, G> for CopiedAhead<'a, '_> {
     fn prepare(&mut self, vm: &'a Vm<Mapped>, _: &mut G) -> Result<(), ForkError> {
+        self.copy_ahead(vm)
+    }
+
+    fn cut(&mut self, vm: &'a Vm<Mapped>, _: &mut G) -> Result<MappedCut<'a>, ForkError> {
+        match self.last_round(vm)? {
+            Some(cut) => Ok(cut),
+            None => Ok(vm.ram().space().cut()?),
+        }
+    }
+
+    fn precopied(&self) -> Option<PrecopyTimings> {
+        Some(self.report)
+    }
+}
+
+impl<'a, 's> CopiedAhead<'a, 's> {
+    fn new(policy: &'s LivePolicy, seam: Seam<'s>, onward: Onward) -> Self {
+        let report = PrecopyTimings::new(PrecopyEnd::NotNeeded);
+        Self { policy, seam, onward, report, precopy: None }
+    }
+
+    /// Everything before the pause.
+    fn copy_ahead(&mut self, vm: &'a Vm<Mapped>) -> Result<(), ForkError> {
         let (start, name) = (Instant::now(), &vm.identity().name);
         let _span = debug_span!("precopy", vm = %name).entered();
-        match vm.ram().space().precopy()? {
+        match vm.ram().space().precopy(self.onward)? {
             Begun::NothingToCopy => {}
             Begun::Unwatched { why, pause, pages } => {
                 let why = fallback(&why);
@@ -165,9 +188,11 @@ impl<'a, G: Guest + ?Sized> Route<'a, Mapped, G> for CopiedAhead<'a, '_> {
         Ok(())
     }
 
-    fn cut(&mut self, vm: &'a Vm<Mapped>, _: &mut G) -> Result<MappedCut<'a>, ForkError> {
-        let Some(precopy) = &mut self.precopy else { return Ok(vm.ram().space().cut()?) };
+    /// The last round and the cut, where there was anything to copy ahead.
+    fn last_round(&mut self, vm: &Vm<Mapped>) -> Result<Option<MappedCut<'a>>, ForkError> {
+        let Some(precopy) = &mut self.precopy else { return Ok(None) };
         let (policy, report) = (self.policy, &mut self.report);
+        let _span = debug_span!("last round").entered();
         let live = precopy.cut(policy.bound()).map_err(|no| match no {
             NoCut::TooLong(estimate, pages) => ForkError::PauseTooLong { estimate, limit: policy.max_pause, pages },
             NoCut::Space(error) => error.into(),
@@ -175,22 +200,10 @@ impl<'a, G: Guest + ?Sized> Route<'a, Mapped, G> for CopiedAhead<'a, '_> {
         report.last = account(vm, live.last);
         report.estimate = live.estimate;
         report.end = policy.judge(live.estimate, live.last.pages, report.end)?;
-        debug!(
-            rounds = report.rounds().len(),
-            bytes = report.bytes().get(),
-            last_pages = report.last.pages.get(),
-            end = ?report.end,
-            "pre-copy done"
-        );
-        Ok(live.cut)
+        report.last.note();
+        Ok(Some(live.cut))
     }
 
-    fn precopied(&self) -> Option<PrecopyTimings> {
-        Some(self.report)
-    }
-}
-
-impl<'a> CopiedAhead<'a, '_> {
     /// Copies in rounds until few enough pages are left.
     fn rounds(&mut self, vm: &Vm<Mapped>, precopy: Precopy<'a>) -> Result<(), ForkError> {
         // Undone, if it fails, with everything else.
@@ -199,12 +212,13 @@ impl<'a> CopiedAhead<'a, '_> {
         report.end = PrecopyEnd::RoundsUsedUp;
         let mut left = PageCount::ZERO;
         for round in 0..policy.max_rounds.min(PrecopyTimings::MAX_ROUNDS) as usize {
+            let _span = debug_span!("round", round).entered();
             let found = precopy.look()?;
             (self.seam)(Moment::Protected(round), precopy);
             left = found.count();
             let done = account(vm, precopy.copy(found)?);
             (self.seam)(Moment::Copied(round), precopy);
-            debug!(round, pages = left.get(), scan = ?done.scan, copy = ?done.copy, "pre-copy round");
+            done.note();
             report.push(done);
             if left <= policy.target {
                 report.end = PrecopyEnd::Converged;
@@ -231,5 +245,6 @@ fn fallback(why: &UffdError) -> Fallback {
     }
 }
 
+mod relocating;
 #[cfg(test)]
 mod tests;

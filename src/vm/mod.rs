@@ -8,11 +8,12 @@ mod fork;
 mod guest;
 mod identity;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
-mod live;
+pub(crate) mod live;
 mod point;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod relocate;
 mod reset;
+mod teardown;
 mod timings;
 mod working_set;
 
@@ -26,7 +27,8 @@ pub use point::{ForkPoint, PointDiff, SpawnError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use relocate::Relocate;
 pub use reset::ResetError;
-pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings, Teardown};
+pub use teardown::{PutOff, Teardown};
+pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings};
 
 use std::fmt;
 use std::sync::Arc;

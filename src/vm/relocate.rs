@@ -9,7 +9,7 @@
 
 use super::fork::{Afterwards, Route};
 use super::{BoxError, CloneSpec, DeviceState, ForkError, ForkPoint, Guest, SpawnError, Vm};
-use crate::backing::{AddressHole, Deferred, Mapped, MappedCut, PlacedRam};
+use crate::backing::{AddressHole, Deferred, Mapped, MappedCut, MappedImage, PlacedRam, RamMapping};
 use crate::error::SpaceError;
 use crate::ram::Ram;
 
@@ -45,11 +45,30 @@ pub trait Relocate: Guest {
 const TRIES: u32 = 8;
 
 /// RAM goes on in a hole.
-struct IntoHole {
+pub(super) struct IntoHole {
     hole: Option<AddressHole>,
 }
 
 impl IntoHole {
+    pub(super) fn new() -> Self {
+        Self { hole: None }
+    }
+
+    /// Maps an image into the hole that was taken, or into another if that was lost meanwhile.
+    pub(super) fn place<G: Relocate + ?Sized>(
+        &mut self,
+        image: &MappedImage,
+        guest: &mut G,
+    ) -> Result<RamMapping, ForkError> {
+        let mut tries = 1;
+        loop {
+            match image.map_into(&self.next(guest)?) {
+                Err(SpaceError::HoleTaken) if tries < TRIES => tries += 1,
+                other => return other.map_err(ForkError::Cut),
+            }
+        }
+    }
+
     fn next<G: Relocate + ?Sized>(&mut self, guest: &mut G) -> Result<AddressHole, ForkError> {
         self.hole.take().map_or_else(|| guest.next_hole().map_err(ForkError::Hole), Ok)
     }
@@ -64,15 +83,7 @@ impl<'a, G: Relocate + ?Sized> Route<'a, Mapped, G> for IntoHole {
     }
 
     fn cut(&mut self, vm: &'a Vm<Mapped>, guest: &mut G) -> Result<MappedCut<'a>, ForkError> {
-        vm.ram().space().cut_elsewhere(|image| {
-            let mut tries = 1;
-            loop {
-                match image.map_into(&self.next(guest)?) {
-                    Err(SpaceError::HoleTaken) if tries < TRIES => tries += 1,
-                    other => return other.map_err(ForkError::Cut),
-                }
-            }
-        })
+        vm.ram().space().cut_elsewhere(|image| self.place(image, guest))
     }
 
     fn relocate(
@@ -100,7 +111,7 @@ impl Vm<Mapped> {
     /// vm-memory has the VM's addresses (`frontend::vm_memory::lease`): before the guest is paused, unless the lease was
     /// taken since.
     pub fn fork_relocating(&self, guest: &mut (impl Relocate + ?Sized)) -> Result<ForkPoint<Mapped>, ForkError> {
-        self.cut_all("fork_relocating", guest, IntoHole { hole: None }, Afterwards::RunOn)
+        self.cut_all("fork_relocating", guest, IntoHole::new(), Afterwards::RunOn)
     }
 }
 

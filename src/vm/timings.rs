@@ -1,12 +1,16 @@
 //! What a fork cost, stage by stage, and what it put off.
 //!
-//! Every stage is here, the embedder's too: a figure that hides a stage is worth nothing. Plain values; knows nothing of VMs.
+//! Every stage is here, the embedder's too: a figure that hides a stage is worth nothing. Plain values; knows nothing of VMs. What
+//! was put off, and when it was done, is in [`teardown`](super::teardown).
+//!
+//! The same goes to `tracing`: a span for each stage within the span `fork`, an event for each round of a pre-copy (in the spans `round` and
+//! `last round`), one with all stages when the fork is done, and one for each piece of work that was put off (in the span `teardown`).
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::backing::Deferred;
+use tracing::debug;
+
 use crate::page::{ByteSize, PageCount};
 
 /// The time of each stage of one fork, in order. `pause` to `resume` is what the guest loses.
@@ -37,6 +41,37 @@ impl ForkTimings {
     pub fn stopped(&self) -> Duration {
         self.pause + self.save + self.flush + self.cut + self.relocate + self.resume
     }
+
+    /// All of it as one event.
+    pub(crate) fn note(&self) {
+        debug!(
+            prepare_ns = nanoseconds(self.prepare),
+            pause_ns = nanoseconds(self.pause),
+            save_ns = nanoseconds(self.save),
+            flush_ns = nanoseconds(self.flush),
+            cut_ns = nanoseconds(self.cut),
+            relocate_ns = nanoseconds(self.relocate),
+            resume_ns = nanoseconds(self.resume),
+            stopped_ns = nanoseconds(self.stopped()),
+            total_ns = nanoseconds(self.total),
+            "forked"
+        );
+        if let Some(precopy) = &self.precopy {
+            debug!(
+                end = ?precopy.end,
+                rounds = precopy.rounds().len() as u64,
+                bytes = precopy.bytes().get(),
+                last_bytes = precopy.last.bytes.get(),
+                estimate_ns = nanoseconds(precopy.estimate),
+                total_ns = nanoseconds(precopy.total),
+                "copied ahead"
+            );
+        }
+    }
+}
+
+pub(super) fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What a live fork copied while the guest ran, and the last round, inside the pause.
@@ -65,6 +100,14 @@ pub struct PrecopyRound {
     pub scan: Duration,
     /// Copying them.
     pub copy: Duration,
+}
+
+impl PrecopyRound {
+    /// As an event, in the span of its round.
+    pub(crate) fn note(&self) {
+        let (pages, bytes) = (self.pages.get(), self.bytes.get());
+        debug!(pages, bytes, scan_ns = nanoseconds(self.scan), copy_ns = nanoseconds(self.copy), "copied");
+    }
 }
 
 /// How a pre-copy ended.
@@ -159,80 +202,5 @@ impl Stopwatch {
 
     pub(crate) fn total(&self) -> Duration {
         self.start.elapsed()
-    }
-}
-
-type Done = Arc<(Mutex<Option<Duration>>, Condvar)>;
-
-/// Says that work is done.
-struct Tell {
-    start: Instant,
-    done: Done,
-}
-
-impl Drop for Tell {
-    fn drop(&mut self) {
-        *self.done.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.start.elapsed());
-        self.done.1.notify_all();
-    }
-}
-
-/// Work that a fork put off until the guest ran again: page tables to tear down, tables to free.
-#[derive(Clone, Debug, Default)]
-pub struct Teardown(Option<Done>);
-
-impl Teardown {
-    /// Does cheap work now and the rest on a thread of its own; here, if no thread can be had.
-    pub(crate) fn run(work: Vec<Deferred>) -> Self {
-        let (later, now): (Vec<_>, Vec<_>) = work.into_iter().partition(Deferred::is_costly);
-        drop(now);
-        if later.is_empty() {
-            return Self(None);
-        }
-        let done = Arc::new((Mutex::new(None), Condvar::new()));
-        let finish = {
-            let done = done.clone();
-            move |work: Vec<Deferred>| {
-                let done = done.clone();
-                // On drop, so that whoever waits is told even if the work panics.
-                let _tell = Tell { start: Instant::now(), done };
-                drop(work);
-            }
-        };
-        // The work goes through a slot so that it is still ours if the thread cannot be made.
-        let slot = Arc::new(Mutex::new(Some(later)));
-        let take = |slot: &Mutex<Option<Vec<Deferred>>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (theirs, finish_there) = (slot.clone(), finish.clone());
-        let thread = std::thread::Builder::new().name("offshoot-teardown".into()).spawn(move || {
-            if let Some(work) = take(&theirs) {
-                finish_there(work);
-            }
-        });
-        if thread.is_err()
-            && let Some(work) = take(&slot)
-        {
-            finish(work);
-        }
-        Self(Some(done))
-    }
-
-    /// How long it took, once it is done; `None` while it runs. Zero where nothing was put off.
-    pub fn finished(&self) -> Option<Duration> {
-        match &self.0 {
-            None => Some(Duration::ZERO),
-            Some(done) => *done.0.lock().unwrap_or_else(PoisonError::into_inner),
-        }
-    }
-
-    /// Waits until it is done; returns how long it took.
-    pub fn wait(&self) -> Duration {
-        let Some(done) = &self.0 else { return Duration::ZERO };
-        let mut guard = done.0.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            match *guard {
-                Some(took) => return took,
-                None => guard = done.1.wait(guard).unwrap_or_else(PoisonError::into_inner),
-            }
-        }
     }
 }

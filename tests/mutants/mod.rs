@@ -27,6 +27,10 @@ pub enum Flaw {
     CutHoldsNobody,
     /// A committed cut's image follows the space it was made from.
     ImageFollowsParent,
+    /// The last page written before a cut is older in the image, in its second half.
+    ImageTears,
+    /// The same in all of it.
+    ImageMisses,
     /// One private page too many is counted.
     UsageSum,
     /// An idle clone says that its pages are its own.
@@ -107,6 +111,8 @@ pub struct BrokenImage<F: Has> {
 pub struct BrokenCut<'a, F: Has> {
     space: &'a Broken<F>,
     cut: Option<HeapCut<'a, offshoot::backing::Page4K>>,
+    /// Bytes of the origin that get into the image by mistake.
+    older: Option<(ByteOffset, Vec<u8>)>,
 }
 
 impl<F: Has> Clone for BrokenImage<F> {
@@ -143,6 +149,20 @@ impl<F: Has> Broken<F> {
 
     fn len(&self) -> u64 {
         self.heap.geometry().len().get()
+    }
+
+    /// What the origin holds of the last page written since.
+    fn older(&self) -> Result<Option<(ByteOffset, Vec<u8>)>, SpaceError> {
+        let from = match F::FLAW {
+            Flaw::ImageTears => 2048,
+            Flaw::ImageMisses => 0,
+            _ => return Ok(None),
+        };
+        let Some(page) = self.heap.dirty()?.pages().last() else { return Ok(None) };
+        let at = ByteOffset::new(page.get() * 4096 + from as u64);
+        let mut bytes = vec![0; 4096 - from];
+        self.heap.origin().read(at, &mut bytes)?;
+        Ok(Some((at, bytes)))
     }
 }
 
@@ -255,8 +275,9 @@ impl<F: Has> Backing for Broken<F> {
     }
 
     fn cut(&self) -> Result<BrokenCut<'_, F>, SpaceError> {
+        let older = self.older()?;
         let cut = Some(self.heap.cut()?).filter(|_| !is(F::FLAW, Flaw::CutHoldsNobody));
-        Ok(BrokenCut { space: self, cut })
+        Ok(BrokenCut { space: self, cut, older })
     }
 
     fn origin(&self) -> BrokenImage<F> {
@@ -312,7 +333,12 @@ impl<F: Has> Cut for BrokenCut<'_, F> {
 
     fn commit(mut self) -> (BrokenImage<F>, Deferred) {
         let cut = self.cut.take().unwrap_or_else(|| self.space.heap.cut().expect("nobody holds it"));
-        let (image, deferred) = cut.commit();
+        let (mut image, deferred) = cut.commit();
+        if let Some((at, bytes)) = self.older.take() {
+            let clone = image.spawn().expect("memory for a page");
+            clone.write(at, &bytes).expect("memory for a page");
+            image = clone.cut().expect("nobody holds it").commit().0;
+        }
         (self.space.sealed(image), F::deferred(deferred))
     }
 }

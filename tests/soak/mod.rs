@@ -1,260 +1,164 @@
-//! A soak: vCPU threads that stamp pages, a guest that really stops them, forks, clones with vCPUs of their own, and
-//! readers that check every page they see.
+//! A soak: threads that write pages through every fork of their VM, clones with such threads of their own that are forked too, and readers
+//! that check every page they see. A page check is a few loads, so that a thousand million of them take minutes.
+//!
+//! The table of figures runs it too (`checks`): faults are counted, not panicked over. No verdict depends on time.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+mod stamp;
+mod subject;
+mod tally;
+mod vcpus;
+
+pub use stamp::{Expected, PAGE, PLACES, Stamp, Wrong, check_at_rest, check_racing, salted};
+pub use subject::{Subject, Typed};
+
+pub use tally::{Found, Tally};
+pub use vcpus::{Stopping, Vcpus, get, put, saved};
+
+use subject::Access;
 
 use offshoot::backing::Backing;
 use offshoot::image::Source;
-use offshoot::page::{ByteOffset, ByteSize, GuestAddress, PageSize};
-use offshoot::ram::{Ram, RamLayout};
+use offshoot::page::{ByteOffset, ByteSize, PageSize};
+use offshoot::ram::RamLayout;
 use offshoot::testing::Dice;
-use offshoot::{BoxError, CloneSpec, DeviceState, ForkPoint, Guest, Limits, Tree, TreeUsage, Vm, VmName};
+use offshoot::{CloneSpec, ForkPoint, Limits, Tree, TreeUsage, Vm, VmName};
 
-const PAGE: u64 = 4096;
-pub const WORDS: u64 = PAGE / 8;
 /// Few enough that writers meet on the same tables, many enough to cross them.
-const SPACE_PAGES: u64 = 192;
-const VCPUS: u64 = 3;
+pub const SPACE_PAGES: u64 = 192;
+pub const SPACE: ByteSize = ByteSize::new(SPACE_PAGES * PAGE);
+const CLONES: u64 = 2;
+/// Checks that a reader makes before it lets a pause in.
+const STEP: u64 = 64;
+/// Checks of one round: a tree of its own, so that no run is one tree for ever.
+const ROUND: u64 = 4_000_000;
+/// What a fault is reported with.
+const TAGS_OF_A_ROUND: u64 = 1 << 20;
 
-/// What a page says of itself.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Stamp {
-    pub page: u64,
-    pub tag: u64,
-    pub sequence: u64,
-}
-
-/// What is wrong with a page.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Wrong {
-    /// The words do not belong together.
-    Torn,
-    /// It is whole, and another page's.
-    Page { found: u64 },
-}
-
-/// Page checks that this run is to make.
-pub fn wanted_checks() -> u64 {
-    match std::env::var("OFFSHOOT_SOAK").ok().and_then(|n| n.parse::<u64>().ok()) {
-        Some(millions) => millions * 1_000_000,
-        None => 12_000,
-    }
-}
-
-fn mix(word: u64, at: u64) -> u64 {
-    let x = (word ^ at.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x ^ x >> 29
-}
-
-/// The whole page: every word is worked out from the stamp and its place, so no part of another page fits.
-fn page_of(stamp: Stamp) -> Vec<u8> {
-    let seed = mix(mix(stamp.tag, stamp.page), stamp.sequence);
-    let mut bytes = Vec::with_capacity(PAGE as usize);
-    for word in [stamp.page, stamp.tag, stamp.sequence, seed] {
-        bytes.extend_from_slice(&word.to_ne_bytes());
-    }
-    for at in 4..WORDS {
-        bytes.extend_from_slice(&seed.wrapping_add(at.wrapping_mul(0x2545_f491_4f6c_dd1d)).to_ne_bytes());
-    }
-    bytes
-}
-
-fn check_page(bytes: &[u8], page: u64) -> Result<Stamp, Wrong> {
-    let word = |at: usize| u64::from_ne_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
-    let stamp = Stamp { page: word(0), tag: word(1), sequence: word(2) };
-    if bytes != page_of(stamp) {
-        return Err(Wrong::Torn);
-    }
-    if stamp.page != page { Err(Wrong::Page { found: stamp.page }) } else { Ok(stamp) }
-}
-
-fn put_stamp<B: Backing>(ram: &Ram<B>, stamp: Stamp) {
-    ram.write(GuestAddress::new(stamp.page * PAGE), &page_of(stamp)).expect("RAM can be written");
-}
-
-pub fn stamp_page<B: Backing>(vm: &Vm<B>, stamp: Stamp) {
-    put_stamp(vm.ram(), stamp);
-}
-
-pub fn read_stamp<B: Backing>(vm: &Vm<B>, page: u64) -> Result<Stamp, Wrong> {
-    let mut bytes = vec![0; PAGE as usize];
-    vm.ram().read(GuestAddress::new(page * PAGE), &mut bytes).expect("RAM can be read");
-    check_page(&bytes, page)
-}
-
-/// vCPU threads of one VM. Each holds the gate shared while it writes one page, and owns every `VCPUS`-th page, so that a page
-/// is always one writer's.
-struct Vcpus {
-    gate: Arc<RwLock<()>>,
-    stop: Arc<AtomicBool>,
-    /// For each page, the sequence it must have been given at the least.
-    written: Arc<Vec<AtomicU64>>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl Vcpus {
-    fn start<B: Backing>(ram: &Arc<Ram<B>>, tag: u64, floor: &[u64]) -> Self {
-        let gate = Arc::new(RwLock::new(()));
-        let stop = Arc::new(AtomicBool::new(false));
-        let written: Arc<Vec<_>> = Arc::new(floor.iter().copied().map(AtomicU64::new).collect());
-        let threads = (0..VCPUS).map(|vcpu| {
-            let (ram, gate, stop, written) = (ram.clone(), gate.clone(), stop.clone(), written.clone());
-            std::thread::spawn(move || {
-                let mut dice = Dice::new(tag * 31 + vcpu);
-                while !stop.load(Ordering::Acquire) {
-                    let page = dice.below(SPACE_PAGES / VCPUS) * VCPUS + vcpu;
-                    // The boundary between two pages is where a pause takes hold.
-                    let boundary = gate.read().expect("no thread panics with it");
-                    let sequence = written[page as usize].load(Ordering::Relaxed) + 1;
-                    put_stamp(&ram, Stamp { page, tag, sequence });
-                    written[page as usize].store(sequence, Ordering::Release);
-                    drop(boundary);
-                }
-            })
-        });
-        Self { threads: threads.collect(), gate, stop, written }
-    }
-
-    fn floor(&self) -> Vec<u64> {
-        self.written.iter().map(|sequence| sequence.load(Ordering::Acquire)).collect()
-    }
-
-    fn join(self) -> Vec<u64> {
-        self.stop.store(true, Ordering::Release);
-        for thread in self.threads {
-            thread.join().expect("a vCPU's writes all work");
+/// At least `wanted` page checks, in rounds of forks under writers.
+pub fn soak<S: Subject>(wanted: u64) -> Found {
+    let mut found = Found::default();
+    for round in 0.. {
+        if found.checks >= wanted {
+            break;
         }
-        self.written.iter().map(|sequence| sequence.load(Ordering::Acquire)).collect()
+        found += one_round::<S>(round, (wanted - found.checks).min(ROUND));
     }
+    found
 }
 
-/// A guest whose pause stops its vCPUs, at a boundary, until it is resumed; what they have written by then is its device state.
-struct Stopping<'a> {
-    vcpus: &'a Vcpus,
-    held: Option<std::sync::RwLockWriteGuard<'a, ()>>,
-}
-
-impl Guest for Stopping<'_> {
-    fn pause(&mut self) -> Result<(), BoxError> {
-        self.held = Some(self.vcpus.gate.write().map_err(|_| "a vCPU has panicked")?);
-        Ok(())
-    }
-
-    fn save(&mut self) -> Result<DeviceState, BoxError> {
-        assert!(self.held.is_some(), "saved while paused");
-        Ok(DeviceState::from_bytes(self.vcpus.floor().iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<_>>()))
-    }
-
-    fn resume(&mut self) -> Result<(), BoxError> {
-        self.held = None;
-        Ok(())
-    }
-}
-
-fn sequences(state: &DeviceState) -> Vec<u64> {
-    let bytes = state.encode();
-    let (words, []) = bytes.as_chunks::<8>() else { panic!("whole words were saved") };
-    words.iter().map(|word| u64::from_le_bytes(*word)).collect()
-}
-
-/// Checks a fork point against the sequences that its guest had reached: exactly those, nothing torn, nothing newer.
-fn check_point<B: Backing>(point: &ForkPoint<B>, tags: &[u64]) -> u64 {
-    let want = sequences(point.device_state());
-    let mut bytes = vec![0; PAGE as usize];
-    for page in 0..SPACE_PAGES {
-        point.ram().read(ByteOffset::new(page * PAGE), &mut bytes).expect("an image can be read");
-        let stamp = check_page(&bytes, page).unwrap_or_else(|wrong| panic!("fork point, page {page}: {wrong:?}"));
-        assert_eq!(stamp.sequence, want[page as usize], "page {page} of a fork point is not of its instant");
-        assert!(tags.contains(&stamp.tag), "page {page} of a fork point is VM {}'s", stamp.tag);
-    }
-    SPACE_PAGES
-}
-
-/// Checks a VM that runs: a page that reads whole is its own or its fork point's, and never older than it must be. Pages that are
-/// being written right now may read torn; those are read again.
-fn check_running<B: Backing>(ram: &Ram<B>, vcpus: &Vcpus, tags: &[u64], checks: u64, dice: &mut Dice) {
-    let mut bytes = vec![0; PAGE as usize];
-    for _ in 0..checks {
-        let page = dice.below(SPACE_PAGES);
-        let floor = vcpus.written[page as usize].load(Ordering::Acquire);
-        // Between two writes of its owner; the others write on.
-        let stamp = loop {
-            ram.read(GuestAddress::new(page * PAGE), &mut bytes).expect("RAM can be read");
-            match check_page(&bytes, page) {
-                Ok(stamp) => break stamp,
-                Err(Wrong::Page { found }) => panic!("page {page} shows page {found}"),
-                // A reader that races with the writer of the same page sees some order of bytes.
-                Err(Wrong::Torn) if vcpus.written[page as usize].load(Ordering::Acquire) != floor => {}
-                Err(Wrong::Torn) => std::thread::yield_now(),
-            }
-        };
-        assert!(tags.contains(&stamp.tag), "page {page} is VM {}'s, only {tags:?} may be seen", stamp.tag);
-        assert!(stamp.sequence >= floor, "page {page} went back from {floor} to {}", stamp.sequence);
-    }
-}
-
-/// One round: a parent under writers is forked again and again while its clones write, are forked themselves, and are read. Returns
-/// the number of page checks, at least `wanted`.
-pub fn soak<B: Backing>(round: u64, wanted: u64) -> u64 {
-    const CLONES: u64 = 2;
+/// A parent under writers is forked again and again while its clones write, are forked themselves, and are read.
+pub fn one_round<S: Subject>(round: u64, wanted: u64) -> Found {
     let tree = Tree::new(Limits::default());
-    let layout = RamLayout::flat(ByteSize::new(SPACE_PAGES * PAGE), PageSize::KIB_4).expect("a layout");
-    let vm = Vm::<B>::new(&tree, VmName::new("parent").expect("a name"), layout, vec![]).expect("a VM");
-    let tag = |n: u64| round * 1_000_000 + 1 + n;
-    for page in 0..SPACE_PAGES {
-        stamp_page(&vm, Stamp { page, tag: tag(0), sequence: 1 });
-    }
+    let layout = RamLayout::flat(SPACE, PageSize::KIB_4).expect("a layout");
+    let vm = Vm::<S>::new(&tree, VmName::new("parent").expect("a name"), layout, vec![]).expect("a VM");
+    let tag = |n: u64| round % (1 << 9) * TAGS_OF_A_ROUND + 1 + n;
+    let first: Vec<u64> = (0..SPACE_PAGES).map(|page| Stamp { page, tag: tag(0), sequence: 1 }.word()).collect();
+    first.iter().for_each(|word| put(&Typed(vm.ram().clone()), *word));
     vm.start().expect("it is off");
-    let checks = AtomicU64::new(0);
-    let count = |n: u64| checks.fetch_add(n, Ordering::Relaxed);
-    let vcpus = Vcpus::start(vm.ram(), tag(0), &[1; SPACE_PAGES as usize]);
+    let tally = Tally::default();
+    // So many checks in one visit that even a short run makes a good number of forks.
+    let visit = (wanted / 64).clamp(SPACE_PAGES, 16 * SPACE_PAGES);
+    let vcpus = Vcpus::start(&vm, tag(0), first);
     let mut teardowns = Vec::new();
     let mut generation = 0;
-    while checks.load(Ordering::Relaxed) < wanted {
+    while tally.checks() < wanted {
         generation += 1;
-        let point = vm.fork(&mut Stopping { vcpus: &vcpus, held: None }).expect("it runs");
+        let forked = S::fork(&vm, &mut Stopping::new(&vcpus), generation - 1).expect("it runs");
+        tally.forked();
+        let Some(point) = forked else { continue };
         teardowns.push(point.teardown().clone());
         std::thread::scope(|scope| {
             for clone in 0..CLONES {
-                let (point, count) = (&point, &count);
-                let own = tag(generation * 100 + clone);
-                scope.spawn(move || {
-                    let clone = point.spawn(CloneSpec::default()).expect("a clone");
-                    clone.start().expect("it is paused");
-                    let vcpus = Vcpus::start(clone.ram(), own, &sequences(point.device_state()));
-                    let mut dice = Dice::new(own);
-                    check_running(clone.ram(), &vcpus, &[tag(0), own], SPACE_PAGES, &mut dice);
-                    count(SPACE_PAGES);
-                    let deeper = clone.fork(&mut Stopping { vcpus: &vcpus, held: None }).expect("it runs");
-                    check_running(clone.ram(), &vcpus, &[tag(0), own], SPACE_PAGES, &mut dice);
-                    count(SPACE_PAGES + check_point(&deeper, &[tag(0), own]));
-                    let last = vcpus.join();
-                    clone.validate().unwrap_or_else(|wrong| panic!("{wrong}"));
-                    // At rest, every page is exactly what its writer wrote last.
-                    for page in 0..SPACE_PAGES {
-                        let stamp =
-                            read_stamp(&clone, page).unwrap_or_else(|wrong| panic!("at rest, page {page}: {wrong:?}"));
-                        assert_eq!(stamp.sequence, last[page as usize], "a write to page {page} was lost");
-                    }
-                    drop(clone);
-                    count(SPACE_PAGES + check_point(&deeper, &[tag(0), own]));
-                    deeper.teardown().wait();
-                });
+                let (point, tally) = (&point, &tally);
+                let own = tag(generation * CLONES + clone);
+                scope.spawn(move || live_clone(point, own, generation + clone, visit, tally));
             }
             // The parent runs on under its own readers.
-            check_running(vm.ram(), &vcpus, &[tag(0)], 2 * SPACE_PAGES, &mut Dice::new(generation));
-            count(2 * SPACE_PAGES);
+            check_running(&vcpus, 2 * visit, &mut Dice::new(generation), &tally);
         });
         // After all that its clones did.
-        count(check_point(&point, &[tag(0)]));
+        check_point(&point, &tally);
     }
-    vcpus.join();
+    let last = vcpus.join();
+    check_vm(&vm, &last, &tally);
     vm.validate().unwrap_or_else(|wrong| panic!("{wrong}"));
     drop(vm);
     for teardown in teardowns {
         teardown.wait();
     }
     assert_eq!(tree.usage(), TreeUsage::default(), "something is left");
-    checks.into_inner()
+    tally.found()
+}
+
+/// A clone: read before it runs, while it writes, through a fork of its own, and when it has stopped; then its fork point once it is gone.
+fn live_clone<S: Subject>(point: &ForkPoint<S>, own: u64, n: u64, visit: u64, tally: &Tally) {
+    let clone = point.spawn(CloneSpec::default()).expect("a clone");
+    let inherited = saved(point.device_state());
+    check_vm(&clone, &inherited, tally);
+    clone.start().expect("it is paused");
+    let vcpus = Vcpus::start(&clone, own, inherited);
+    let mut dice = Dice::new(own);
+    check_running(&vcpus, visit, &mut dice, tally);
+    let deeper = S::fork(&clone, &mut Stopping::new(&vcpus), n).expect("it runs");
+    tally.forked();
+    check_running(&vcpus, visit, &mut dice, tally);
+    let last = vcpus.join();
+    check_vm(&clone, &last, tally);
+    drop(clone);
+    if let Some(deeper) = deeper {
+        let grandchild = deeper.spawn(CloneSpec::default()).expect("a clone");
+        check_vm(&grandchild, &saved(deeper.device_state()), tally);
+        check_point(&deeper, tally);
+        deeper.teardown().wait();
+    }
+}
+
+/// Checks random pages of a VM that runs.
+fn check_running<S: Subject>(vcpus: &Vcpus<S>, checks: u64, dice: &mut Dice, tally: &Tally) {
+    let known = &*vcpus.known;
+    for _ in 0..checks.div_ceil(STEP) {
+        let access = vcpus.reach();
+        let held = access.hold();
+        for _ in 0..STEP {
+            let page = dice.below(SPACE_PAGES);
+            let from = known.written(page);
+            let words = get(&held, page);
+            let to = Stamp::of(known.written(page)).sequence + 1;
+            let expected = Expected { own: known.own, inherited: known.inherited[page as usize], from, to };
+            if let Err(wrong) = check_racing(&words, expected) {
+                tally.wrong(wrong, format_args!("page {page} of running VM {}", known.own));
+            }
+        }
+        drop(held);
+        drop(access);
+        tally.checked(STEP);
+    }
+}
+
+/// Checks all pages of a VM whose guest stands still.
+fn check_vm<S: Subject>(vm: &Vm<S>, expected: &[u64], tally: &Tally) {
+    let (access, typed) = (S::access(vm), Typed(vm.ram().clone()));
+    let held = access.hold();
+    for (page, expected) in (0..).zip(expected) {
+        let words = if page % 2 == 0 { get(&held, page) } else { get(&typed, page) };
+        if let Err(wrong) = check_at_rest(&words, *expected) {
+            tally.wrong(wrong, format_args!("page {page} of {} at rest", vm.identity().name));
+        }
+    }
+    tally.checked(SPACE_PAGES);
+}
+
+/// Checks a fork point against what its guest had written: exactly that.
+fn check_point<B: Backing>(point: &ForkPoint<B>, tally: &Tally) {
+    for (page, expected) in (0..).zip(saved(point.device_state())) {
+        let words = PLACES.map(|place| {
+            let mut bytes = [0; 8];
+            point.ram().read(ByteOffset::new(page * PAGE + place), &mut bytes).expect("an image can be read");
+            u64::from_ne_bytes(bytes)
+        });
+        if let Err(wrong) = check_at_rest(&words, expected) {
+            tally.wrong(wrong, format_args!("page {page} of a fork point"));
+        }
+    }
+    tally.checked(SPACE_PAGES);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::io::capacity;
-use super::{Contents, DISKS, HIGH, HIGH_PAGES, LOW_PAGES, Machine, PAGE, World};
+use super::{Contents, DISKS, HIGH, HIGH_PAGES, LOW_PAGES, Machine, PAGE, Ways, World};
 use offshoot::Usage;
 use offshoot::backing::Backing;
 use offshoot::image::Source;
@@ -19,14 +19,15 @@ pub fn same(what: &str, flat: &Flat, found: &[u8]) {
     }
 }
 
-fn check_usage(usage: Usage, now: &Flat, origin: Option<&Flat>) {
+/// `settled` is what the space was when nothing of it was private.
+fn check_usage(usage: Usage, now: &Flat, origin: Option<&Flat>, settled: Option<&Flat>) {
     let total = now.geometry().pages();
     let sum = usage.private.get() + usage.shared.get() + usage.zero.get();
     assert_eq!(sum, total.get(), "private + shared + zero: {usage:?}");
     assert!(usage.zero.get() <= now.zero_pages(), "only {} pages are zero: {usage:?}", now.zero_pages());
-    if let Some(origin) = origin {
+    if let (Some(origin), Some(settled)) = (origin, settled) {
         let must = now.changed(origin).pages().filter(|page| !now.is_zero(*page)).count() as u64;
-        let may = now.touched(origin).count().get();
+        let may = now.touched(settled).count().get();
         assert!((must..=may).contains(&usage.private.get()), "from {must} to {may} pages are private: {usage:?}");
     }
 }
@@ -49,21 +50,33 @@ impl<B: Backing> Machine<B> {
             handle.read(Lba::ZERO, &mut found).expect("all of a disk can be read");
             same(name, &self.now.disks[disk], &found);
             let was = self.origin.as_ref().map(|origin| &origin.at.disks[disk]);
-            check_usage(handle.usage().expect("usage"), &self.now.disks[disk], was);
+            let settled = self.settled.as_ref().map(|settled| &settled.disks[disk]);
+            check_usage(handle.usage().expect("usage"), &self.now.disks[disk], was, settled);
             if let Some(was) = was {
                 let dirty = handle.dirty().expect("dirty");
-                let (must, may) = (self.now.disks[disk].changed(was), self.now.disks[disk].touched(was));
+                // Pages that stayed private when a layer could not be laid over them count as written.
+                let since = settled.unwrap_or(was);
+                let (must, may) = (self.now.disks[disk].changed(was), self.now.disks[disk].touched(since));
                 assert!(must.pages().all(|page| dirty.contains(page)), "{dirty:?} must name {must:?}");
                 assert!(dirty.pages().all(|page| may.contains(page)), "{dirty:?} names more than {may:?}");
             }
         }
         let was = self.origin.as_ref().map(|origin| &origin.at.ram);
-        check_usage(self.vm.ram().usage().expect("usage"), &self.now.ram, was);
+        check_usage(
+            self.vm.ram().usage().expect("usage"),
+            &self.now.ram,
+            was,
+            self.settled.as_ref().map(|settled| &settled.ram),
+        );
+        if let Some(was) = was {
+            let (dirty, must) = (self.vm.ram().space().dirty().expect("dirty"), self.now.ram.changed(was));
+            assert!(must.pages().all(|page| dirty.contains(page)), "{dirty:?} must name {must:?}");
+        }
         self.vm.validate().unwrap_or_else(|wrong| panic!("{wrong}"));
     }
 }
 
-impl<B: Backing> World<B> {
+impl<B: Ways> World<B> {
     /// The totals of the tree are what is alive.
     pub fn check_books(&self) {
         let usage = self.tree.usage();

@@ -1,10 +1,14 @@
 //! Forks, clones and what is made of fork points; who descends from whom is kept by number.
 
-use super::{Contents, Goes, Line, Machine, Origin, Point, World};
+use std::cell::RefCell;
+
+use super::ways::{Busy, Hands};
+use super::{Contents, Course, Goes, Line, Machine, Origin, Point, Way, Ways, World};
 use offshoot::backing::Backing;
 use offshoot::page::PageSet;
+use offshoot::testing::faults::fail_nth_call;
 use offshoot::testing::{Flat, ScriptedGuest, Trouble};
-use offshoot::{CloneSpec, CommitError, ForkError, ResetError, SpaceError, SpawnError, VmStatus};
+use offshoot::{CloneSpec, CommitError, ForkError, ForkPoint, ResetError, SpaceError, SpawnError, VmStatus};
 
 impl Goes {
     fn tell(self, guest: &mut ScriptedGuest) {
@@ -16,23 +20,15 @@ impl Goes {
     }
 }
 
-impl<B: Backing> World<B> {
+impl<B: Ways> World<B> {
     pub fn cut(&mut self, vm: usize, goes: Goes, becomes: VmStatus) {
-        let id = self.fresh_id();
         let at = vm % self.vms.len();
         let machine = &mut self.vms[at];
         goes.tell(&mut machine.guest);
         let before = machine.status;
         let frozen = becomes == VmStatus::Frozen;
         let result = if frozen { machine.vm.freeze(&mut machine.guest) } else { machine.vm.fork(&mut machine.guest) };
-        machine.guest.fail_nth_call(0, Trouble::Error);
-        let line = match &machine.origin {
-            None => Line { family: id, ancestors: Vec::new() },
-            Some(origin) => origin.line.followed_by(origin.id),
-        };
-        let known = Origin { id, at: machine.now.clone(), line };
-        let legal = matches!(before, VmStatus::Running | VmStatus::Paused);
-        self.seen.borrow_mut().insert(match &result {
+        self.saw(match &result {
             Ok(_) if frozen => "frozen",
             Ok(_) if before == VmStatus::Paused => "forked while paused",
             Ok(_) => "forked while running",
@@ -40,34 +36,115 @@ impl<B: Backing> World<B> {
             Err(ForkError::Resume(_)) => "not resumed",
             Err(_) => "cut undone",
         });
-        match result {
+        let left = if frozen { VmStatus::Frozen } else { before };
+        let expected = Expected { left, leaves: Leaves::Nothing, may_strand: false };
+        self.after_cut(at, result, expected, |error| {
+            matches!(error, ForkError::Pause(_) | ForkError::Save(_)) && matches!(goes, Goes::Wrong(_))
+        });
+    }
+
+    /// A fork in a way that only some backings have, while the guest goes on writing.
+    pub fn fork_by(&mut self, vm: usize, goes: Goes, course: &Course) {
+        let at = vm % self.vms.len();
+        let Machine { vm, guest, now, status: before, settled, .. } = &mut self.vms[at];
+        let before = *before;
+        goes.tell(guest);
+        let hands = RefCell::new(Hands { vm, now, course, moments: 0, wrote: 0 });
+        let plan = course.refused.map(|(n, how)| fail_nth_call(n, how));
+        let result = B::fork_by(vm, &mut Busy { guest, hands: &hands });
+        drop(plan);
+        let wrote = hands.into_inner().wrote > 0;
+        let Some(result) = result else {
+            guest.fail_nth_call(0, Trouble::Error);
+            return;
+        };
+        let first = settled.is_none();
+        self.saw(match (&result, course.way) {
+            (Ok(_), _) if first => "first fork in another way",
+            (Ok(_), Way::Live) if wrote => "forked live, and written meanwhile",
+            (Ok(_), Way::LiveMoving) if wrote => "moved live, and written meanwhile",
+            (Ok(_), Way::Live) => "forked live",
+            (Ok(_), Way::LiveMoving) => "moved live",
+            (Ok(_), Way::Moving) => "moved",
+            (Err(ForkError::IllegalState(_)), _) => "cut illegal",
+            (Err(ForkError::Resume(_)), _) => "not resumed where it went",
+            (Err(ForkError::PauseTooLong { .. }), _) => "given up",
+            (Err(ForkError::Hole(_)), _) => "no hole",
+            (Err(ForkError::Relocate(_)), _) => "not moved",
+            (Err(ForkError::Cut(_)), _) => "refused by the system",
+            (Err(_), _) => "cut undone",
+        });
+        let leaves = match course.way {
+            _ if course.refused.is_some() => Leaves::Anything,
+            Way::Live => Leaves::Copied,
+            Way::Moving | Way::LiveMoving => Leaves::Nothing,
+        };
+        // Undone for one reason, and then not resumed.
+        let may_strand = matches!(goes, Goes::Wrong(_)) && (course.refused.is_some() || course.gives_up);
+        self.after_cut(at, result, Expected { left: before, leaves, may_strand }, |error| match error {
+            ForkError::Pause(_) | ForkError::Save(_) | ForkError::Relocate(_) => matches!(goes, Goes::Wrong(_)),
+            ForkError::Hole(_) => matches!(goes, Goes::Wrong(_)) || course.refused.is_some(),
+            ForkError::PauseTooLong { .. } => course.gives_up && course.way != Way::Moving,
+            ForkError::Cut(_) => course.refused.is_some(),
+            _ => false,
+        });
+    }
+
+    /// What a cut did to a VM, or did not.
+    fn after_cut(
+        &mut self,
+        at: usize,
+        result: Result<ForkPoint<B>, ForkError>,
+        expected: Expected,
+        may_fail: impl Fn(&ForkError) -> bool,
+    ) {
+        let id = self.fresh_id();
+        let Expected { left, leaves, may_strand } = expected;
+        let machine = &mut self.vms[at];
+        machine.guest.fail_nth_call(0, Trouble::Error);
+        let before = machine.status;
+        let line = match &machine.origin {
+            None => Line { family: id, ancestors: Vec::new() },
+            Some(origin) => origin.line.followed_by(origin.id),
+        };
+        let known = Origin { id, at: machine.now.clone(), line };
+        let legal = matches!(before, VmStatus::Running | VmStatus::Paused);
+        let cut = match result {
             Ok(point) => {
                 assert!(legal, "a VM that is {before:?} was cut");
-                machine.status = if frozen { VmStatus::Frozen } else { before };
-                machine.origin = Some(known.clone());
-                self.teardowns.push(point.teardown().clone());
-                self.points.push(Point { point, known });
+                machine.status = left;
+                Some(point)
             }
             Err(ForkError::IllegalState(error)) => {
                 assert!(!legal && error.status == before, "{error}");
+                None
             }
             // The cut was made; only nobody was handed it.
             Err(ForkError::Resume(_)) => {
-                assert!(legal && !frozen && !machine.guest.runs());
+                assert!(legal && left != VmStatus::Frozen && !machine.guest.runs());
                 let point = machine.vm.origin().expect("the cut is the VM's origin");
-                self.teardowns.push(point.teardown().clone());
                 machine.status = VmStatus::Paused;
-                machine.origin = Some(known);
+                self.teardowns.push(point.teardown().clone());
+                machine.origin = Some(known.clone());
+                machine.settle(leaves);
+                None
             }
-            Err(ForkError::Pause(_) | ForkError::Save(_)) => {
-                assert!(legal && matches!(goes, Goes::Wrong(_)));
-                assert_eq!(
-                    machine.guest.runs(),
-                    before == VmStatus::Running,
-                    "an undone fork leaves the guest as it was"
-                );
+            Err(error) => {
+                assert!(legal && may_fail(&error), "{error}");
+                let runs = machine.guest.runs();
+                if may_strand && before == VmStatus::Running && !runs {
+                    machine.status = VmStatus::Paused;
+                } else {
+                    assert_eq!(runs, before == VmStatus::Running, "an undone fork leaves the guest as it was");
+                }
+                None
             }
-            Err(error) => panic!("{error}"),
+        };
+        if let Some(point) = cut {
+            machine.origin = Some(known.clone());
+            machine.settle(leaves);
+            self.teardowns.push(point.teardown().clone());
+            self.points.push(Point { point, known });
         }
         self.vms[at].check();
         self.thin_out();
@@ -86,7 +163,8 @@ impl<B: Backing> World<B> {
             Ok(vm) => {
                 let guest = ScriptedGuest::loaded(&vm.device_state().expect("a clone has state to be loaded with"));
                 let now = from.known.at.clone();
-                let machine = Machine { vm, guest, now, status: VmStatus::Paused, origin: Some(from.known.clone()) };
+                let (origin, settled) = (Some(from.known.clone()), Some(now.clone()));
+                let machine = Machine { vm, guest, now, status: VmStatus::Paused, origin, settled };
                 machine.check();
                 self.vms.push(machine);
             }
@@ -183,7 +261,7 @@ impl<B: Backing> World<B> {
             origin.is_some_and(|origin| target.now.pairs(origin).any(|(now, was)| !now.changed(was).is_empty()));
         let wrote =
             origin.is_some_and(|origin| target.now.pairs(origin).any(|(now, was)| !now.touched(was).is_empty()));
-        let Machine { vm, guest, now, status, origin } = clone;
+        let Machine { vm, guest, now, status, origin, settled } = clone;
         match target.vm.commit(vm) {
             Ok(()) => {
                 assert!(both_still && child && !differs, "a commit lost something");
@@ -206,14 +284,41 @@ impl<B: Backing> World<B> {
                     CommitError::Diverged => assert!(both_still && child && wrote, "{error}"),
                     error => panic!("{error}"),
                 }
-                self.vms.push(Machine { vm, guest, now, status, origin });
+                self.vms.push(Machine { vm, guest, now, status, origin, settled });
             }
         }
         self.vms[into].check();
     }
 }
 
+/// What is to come of a cut.
+struct Expected {
+    /// The VM's status if it is made.
+    left: VmStatus,
+    leaves: Leaves,
+    /// Whether the guest may stand still if it is undone, because it cannot be resumed either.
+    may_strand: bool,
+}
+
+/// What a fork leaves private to its parent, unless it was the first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaves {
+    Nothing,
+    /// The pages of RAM that were copied.
+    Copied,
+    /// A call failed that might have been one that lays layers over pages: they stay private then.
+    Anything,
+}
+
 impl<B: Backing> Machine<B> {
+    fn settle(&mut self, leaves: Leaves) {
+        match (&mut self.settled, leaves) {
+            (Some(_), Leaves::Anything) => {}
+            (Some(settled), Leaves::Copied) => settled.disks.clone_from(&self.now.disks),
+            (settled, _) => *settled = Some(self.now.clone()),
+        }
+    }
+
     /// Says how it came out.
     pub fn reset(&mut self, goes: Goes) -> &'static str {
         goes.tell(&mut self.guest);

@@ -23,6 +23,12 @@ fn place(at: u64, len: u64) -> (GuestAddress, Option<u64>) {
     }
 }
 
+/// The guest address of a page of the space.
+pub fn place_of_page(page: u64) -> GuestAddress {
+    let hole = if page < LOW_PAGES { 0 } else { PAGE };
+    place(page * PAGE + hole, PAGE).0
+}
+
 pub fn capacity(disk: usize) -> u64 {
     [IMAGE_BYTES.div_ceil(512), BLANK_SECTORS][disk]
 }
@@ -81,9 +87,7 @@ impl<B: Backing> Machine<B> {
         let page = page % (LOW_PAGES + HIGH_PAGES);
         let Some(origin) = &self.origin else { return };
         let old = origin.at.ram.page(PageIndex::new(page)).to_vec();
-        let hole = if page < LOW_PAGES { 0 } else { PAGE };
-        let (address, _) = place(page * PAGE + hole, PAGE);
-        if self.vm.ram().write(address, &old).is_ok() {
+        if self.vm.ram().write(place_of_page(page), &old).is_ok() {
             assert!(!self.is_frozen());
             self.now.ram.write(ByteOffset::new(page * PAGE), &old);
         }

@@ -6,6 +6,9 @@
 mod check;
 mod family;
 mod io;
+mod ways;
+
+pub use ways::{Course, Way, Ways, Write};
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -42,6 +45,7 @@ pub enum Op {
     WriteBack { vm: usize, page: u64 },
     Power { vm: usize, to: Power },
     Fork { vm: usize, goes: Goes },
+    ForkBy { vm: usize, goes: Goes, course: Course },
     Freeze { vm: usize, goes: Goes },
     Spawn { point: usize, goes: Goes },
     Reset { vm: usize, goes: Goes },
@@ -81,6 +85,8 @@ pub struct Machine<B: Backing> {
     pub now: Contents,
     pub status: VmStatus,
     pub origin: Option<Origin>,
+    /// RAM and disks as they were when nothing of them was private: what was written since may be, even if a fork has copied it.
+    pub settled: Option<Contents>,
 }
 
 /// What a VM remembers of the fork point that it lies on.
@@ -127,7 +133,7 @@ pub fn layout() -> RamLayout {
     RamLayout::new(&[region(0, LOW_PAGES), region(HIGH, HIGH_PAGES)], PageSize::KIB_4).expect("a valid layout")
 }
 
-impl<B: Backing> World<B> {
+impl<B: Ways> World<B> {
     /// One VM, off, with RAM of two regions, a disk over an image and a blank one. The blank one lies on the backing under test too.
     pub fn new(seen: Seen) -> Self {
         let tree = Tree::new(Limits::default());
@@ -146,7 +152,7 @@ impl<B: Backing> World<B> {
             register: 0,
         };
         let guest = ScriptedGuest::paused(0);
-        let root = Machine { vm, guest, now, status: VmStatus::Off, origin: None };
+        let root = Machine { vm, guest, now, status: VmStatus::Off, origin: None, settled: None };
         Self { tree, vms: vec![root], points: Vec::new(), teardowns: Vec::new(), names: 1, seen }
     }
 
@@ -179,6 +185,7 @@ impl<B: Backing> World<B> {
             Op::WriteBack { vm, page } => self.on(vm, |m| m.write_back(page)),
             Op::Power { vm, to } => self.on(vm, |m| m.power(to)),
             Op::Fork { vm, goes } => self.cut(vm, goes, VmStatus::Running),
+            Op::ForkBy { vm, goes, ref course } => self.fork_by(vm, goes, course),
             Op::Freeze { vm, goes } => self.cut(vm, goes, VmStatus::Frozen),
             Op::Spawn { point, goes } => self.spawn(point, goes),
             Op::Reset { vm, goes } => {

@@ -24,8 +24,8 @@ impl KvmCpu {
         Self { index, vcpu }
     }
 
-    pub fn vcpu(&self) -> &VcpuFd {
-        &self.vcpu
+    pub fn vcpu_mut(&mut self) -> &mut VcpuFd {
+        &mut self.vcpu
     }
 
     /// Executes up to the next bell; `None` if something else interrupted it.

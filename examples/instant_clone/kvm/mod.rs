@@ -8,7 +8,6 @@
 
 mod cpu;
 mod program;
-mod x86;
 
 use std::sync::Arc;
 
@@ -20,6 +19,7 @@ use offshoot::ram::RamLayout;
 use offshoot::{BoxError, DeviceState, Vm};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::common::long_mode;
 use crate::guest::Lane;
 use crate::hypervisor::Hypervisor;
 use cpu::KvmCpu;
@@ -72,23 +72,23 @@ impl Hypervisor for Kvm {
         let machine = self.build(vm, Devices::NONE, lanes.len())?;
         for (vcpu, lane) in machine.vcpus().iter().zip(lanes) {
             vcpu.set_cpuid2(self.host.supported_cpuid())?;
-            vcpu.set_sregs(&program::long_mode(vcpu.get_sregs()?))?;
+            vcpu.set_sregs(&long_mode::enter(vcpu.get_sregs()?))?;
             vcpu.set_regs(&program::entry(lane))?;
         }
         let plan = MachinePlan::read(&self.host, machine.vcpus(), Devices::NONE)?;
         Ok(assemble(machine, plan))
     }
 
-    fn save(&self, chassis: &Chassis, cpus: &[&KvmCpu]) -> Result<DeviceState, BoxError> {
-        let vcpus: Vec<_> = cpus.iter().map(|cpu| cpu.vcpu()).collect();
-        let state = MachineState::capture(&chassis.plan, &chassis.vm, &vcpus)?;
+    fn save(&self, chassis: &Chassis, cpus: &mut [&mut KvmCpu]) -> Result<DeviceState, BoxError> {
+        let mut vcpus: Vec<_> = cpus.iter_mut().map(|cpu| cpu.vcpu_mut()).collect();
+        let state = MachineState::capture(&chassis.plan, &chassis.vm, &mut vcpus)?;
         Ok(DeviceState::from_object(Arc::new(state)))
     }
 
     fn restore(&self, vm: &Vm<Mapped>, state: &DeviceState) -> Result<(Chassis, Vec<KvmCpu>), BoxError> {
         let state: &MachineState = state.object().ok_or("the state was not saved by KVM")?;
-        let machine = self.build(vm, state.devices(), state.vcpu_count())?;
-        state.restore(&self.host, machine.vm(), machine.vcpus())?;
+        let mut machine = self.build(vm, state.devices(), state.vcpu_count())?;
+        machine.restore(&self.host, state)?;
         Ok(assemble(machine, state.plan(&self.host)))
     }
 }

@@ -1,10 +1,11 @@
-//! The guest in 64-bit x86 assembly, its page tables, and the registers that it starts with. What it does, and why, is
+//! The guest in 64-bit x86 assembly, and the registers that it starts with. What it does, and why, is
 //! in `guest.rs`.
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::kvm_regs;
 use offshoot::page::ByteSize;
 
-use super::x86::*;
+use crate::common::long_mode;
+use crate::common::x86::*;
 use crate::guest::{Bell, CODE, Lane, PAGE, ROUND, RUN, SPREAD, TICK, control, record, stamp};
 
 // What the guest keeps in registers all the time.
@@ -20,57 +21,19 @@ const INDEX: Reg = R13;
 const LEFT: Reg = R14;
 const SLOT: Reg = R15;
 
-/// Page numbers of the page tables: one of the fourth level, one of the third, and one of the second for each GiB.
-const LEVEL_4: u64 = 0x10;
-const LEVEL_3: u64 = 0x11;
-const LEVEL_2: u64 = 0x12;
-/// What they can map below the pages that guests work on.
-pub const MOST_RAM: ByteSize = ByteSize::gib(128);
-/// Present, writable, accessed: the processor has nothing left to set.
-const TABLE: u64 = 0x23;
-/// The same, dirty, and a page of 2 MiB.
-const LARGE_PAGE: u64 = 0xe3;
+/// What the guest's page tables reach.
+pub use crate::common::long_mode::MOST_RAM;
 
 /// Code, and page tables that map all of RAM where it is.
 pub fn firmware(ram: ByteSize) -> Vec<(u64, Vec<u8>)> {
-    let bytes_of = |entries: &mut dyn Iterator<Item = u64>| entries.flat_map(u64::to_le_bytes).collect::<Vec<u8>>();
-    let address = |page: u64| page * PAGE as u64;
-    let gigabytes = ram.get().div_ceil(1 << 30);
-    let mut pages = vec![
-        (CODE / PAGE as u64, assemble()),
-        (LEVEL_4, bytes_of(&mut std::iter::once(address(LEVEL_3) | TABLE))),
-        (LEVEL_3, bytes_of(&mut (0..gigabytes).map(|n| address(LEVEL_2 + n) | TABLE))),
-    ];
-    for n in 0..gigabytes {
-        let large = (0..512).map(|at| n << 30 | at << 21 | LARGE_PAGE);
-        pages.push((LEVEL_2 + n, bytes_of(&mut large.into_iter())));
-    }
+    let mut pages = long_mode::page_tables(ram);
+    pages.push((CODE / PAGE as u64, assemble()));
     pages
 }
 
 /// Registers of a vCPU that is about to start: it is told its control page, and all else is zero.
 pub fn entry(lane: &Lane) -> kvm_regs {
     kvm_regs { rip: CODE, rbx: lane.control.get(), rflags: 2, ..Default::default() }
-}
-
-/// Turns on 64-bit mode with flat segments over the page tables.
-pub fn long_mode(fresh: kvm_sregs) -> kvm_sregs {
-    let segment = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, ..Default::default() };
-    let code = kvm_segment { selector: 8, type_: 11, l: 1, ..segment };
-    let data = kvm_segment { selector: 16, type_: 3, db: 1, ..segment };
-    kvm_sregs {
-        cs: code,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        ss: data,
-        cr0: 0x8000_0011, // PG, ET, PE
-        cr3: LEVEL_4 * PAGE as u64,
-        cr4: 1 << 5, // PAE
-        efer: 0x500, // LMA, LME
-        ..fresh
-    }
 }
 
 fn assemble() -> Vec<u8> {

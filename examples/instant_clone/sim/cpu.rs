@@ -5,11 +5,11 @@
 
 use offshoot::BoxError;
 use offshoot::backing::Heap;
-use rvsim::{Clock, CpuError, CpuState, Interp, Op};
+use rvsim::{CpuError, CpuState, Interp};
 
-use super::memory::GuestMemory;
 use super::program::{BELL, STEP};
 use crate::board::Seat;
+use crate::common::sim_memory::{Countdown, GuestMemory};
 use crate::guest::Bell;
 use crate::hypervisor::Cpu;
 
@@ -34,7 +34,7 @@ impl SimCpu {
     /// Executes up to `instructions`; tells the bell that ended it early.
     fn batch(&mut self, seat: &Seat<Heap>, instructions: u32) -> Result<Option<Bell>, BoxError> {
         let mut memory = GuestMemory::new(seat.ram().view()?);
-        let mut clock = Countdown { left: instructions };
+        let mut clock = Countdown::new(instructions);
         let (end, at) = Interp::new(&mut self.state, &mut memory, &mut clock).run();
         match end {
             CpuError::QuotaExceeded => Ok(None),
@@ -68,32 +68,5 @@ impl Cpu<Heap> for SimCpu {
 
     fn steps(&self) -> Result<u32, BoxError> {
         Ok(self.state.x[STEP])
-    }
-}
-
-/// A clock that stops the simulator after so many instructions. The guest is not told the time.
-struct Countdown {
-    left: u32,
-}
-
-impl Clock for Countdown {
-    fn read_cycle(&self) -> u64 {
-        0
-    }
-
-    fn read_time(&self) -> u64 {
-        0
-    }
-
-    fn read_instret(&self) -> u64 {
-        0
-    }
-
-    fn progress(&mut self, _: &Op) {
-        self.left -= 1;
-    }
-
-    fn check_quota(&self) -> bool {
-        self.left > 0
     }
 }

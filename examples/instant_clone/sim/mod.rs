@@ -3,9 +3,7 @@
 //! Needs nothing of the host: this is what runs where there is no KVM. RAM lives on the engine's heap backing.
 
 mod cpu;
-mod memory;
 mod program;
-mod rv32;
 
 use std::sync::Arc;
 
@@ -50,7 +48,7 @@ impl Hypervisor for Simulator {
         Ok(((), lanes.iter().map(|lane| SimCpu::new(program::entry(lane))).collect()))
     }
 
-    fn save(&self, (): &(), cpus: &[&SimCpu]) -> Result<DeviceState, BoxError> {
+    fn save(&self, (): &(), cpus: &mut [&mut SimCpu]) -> Result<DeviceState, BoxError> {
         let state = SimState(cpus.iter().map(|cpu| cpu.state().clone()).collect());
         Ok(DeviceState::from_object(Arc::new(state)))
     }

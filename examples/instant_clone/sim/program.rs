@@ -2,7 +2,7 @@
 
 use rvsim::CpuState;
 
-use super::rv32::*;
+use crate::common::rv32::*;
 use crate::guest::{Bell, CODE, Lane, ROUND, RUN, SPREAD, control, record, stamp};
 
 // What the guest keeps in its saved registers.

@@ -96,14 +96,14 @@ impl<B: PageBody> HeapImage<B> {
     }
 
     /// The first page that no byte of the base image lies in.
-    pub(super) fn base_pages(&self) -> PageIndex {
+    pub(super) fn base_end(&self) -> PageIndex {
         let len = self.0.base.as_ref().map_or(0, |base| base.len().get());
         PageIndex::new(len.div_ceil(self.0.geometry.page_size().bytes().get()))
     }
 
     /// How many pages an index leaves to the base image.
     pub(super) fn base_pages_under(&self, index: &Index<PageArc<B>>) -> u64 {
-        let pages = self.base_pages().get();
+        let pages = self.base_end().get();
         let covered = index.tally_in(PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(pages)));
         pages - covered.data - covered.zero
     }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::page::Page;
-use super::{Allocation, Backing, Cut, Deferred, Extent, Sealed, Tree, push_extent};
+use super::{Backing, Cut, Deferred, Extent, Sealed, Tree, extents_of};
 use crate::account::Usage;
 use crate::error::SpaceError;
 use crate::image::Source;
@@ -204,22 +204,8 @@ impl<B: PageBody> Backing for Heap<B> {
     fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
         let state = self.state.read();
         state.geometry.check_pages(range)?;
-        let based = state.origin.base_pages();
         let next = state.next.lock();
-        let mut extents = Vec::new();
-        for (pages, page) in next.index.runs(range) {
-            let below = match page {
-                PageState::Data(_) => Allocation::Data,
-                PageState::Absent => Allocation::Base,
-                PageState::Zero => Allocation::Zero,
-            };
-            // Past the end of the base image, what nobody wrote is zeroes.
-            let split = if below == Allocation::Base { based.clamp(pages.start(), pages.end()) } else { pages.end() };
-            push_extent(&mut extents, Extent { pages: PageRange::from_bounds(pages.start(), split), state: below });
-            let rest = PageRange::from_bounds(split, pages.end());
-            push_extent(&mut extents, Extent { pages: rest, state: Allocation::Zero });
-        }
-        Ok(extents)
+        Ok(extents_of(&next.index, range, state.origin.base_end()))
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {
@@ -290,7 +276,8 @@ impl<B: PageBody> Cut for HeapCut<'_, B> {
         // The old tables name what the image owns now; freeing them costs by what was written, so the caller says when.
         let old = self.old.take();
         let many = old.as_ref().is_some_and(|old| old.live.count() > CHEAP_TO_FREE);
-        (self.sealed.clone(), if many { Deferred::costly(old) } else { Deferred::cheap(old) })
+        let deferred = if many { Deferred::costly(old) } else { Deferred::cheap(old) };
+        (self.sealed.clone(), deferred.named("old table"))
     }
 }
 

@@ -21,7 +21,7 @@ use parking_lot::RwLockWriteGuard;
 use super::image::{Parts, is_hole};
 use super::layer::{Layer, LayerBuilder, host_pages, seal_error};
 use super::merge;
-use super::precopy::{Begun, NoCut, PauseBound, Precopy};
+use super::precopy::{Begun, NoCut, Onward, PauseBound, Precopy};
 use super::relocate::Elsewhere;
 use super::{Mapped, MappedImage, OwnFile, State, View};
 use crate::backing::{Cut, Deferred};
@@ -95,7 +95,7 @@ impl<'a> MappedCut<'a> {
     /// A cut that leaves the private pages where they are, protected so that they can be told from those written next; `None` where the
     /// kernel has no such protection, or somebody else uses it.
     fn keeping(space: &'a Mapped) -> Result<Option<Self>, SpaceError> {
-        let mut attempt = match space.precopy() {
+        let mut attempt = match space.precopy(Onward::Here) {
             Ok(Begun::Watching(attempt)) => Box::new(attempt),
             Ok(Begun::Unwatched { why, .. }) => {
                 tracing::debug!(error = %why, "scattered pages are copied again by the next fork");
@@ -237,22 +237,27 @@ impl Cut for MappedCut<'_> {
         let deferred = match replace(&mut self.step, Step::Done) {
             Step::First { aside, layer } => {
                 state.shown = self.sealed.index().clone();
-                Deferred::costly((OldView::new(aside, Some(layer)), old))
+                Deferred::costly((OldView::new(aside, Some(layer)), old)).named("old view")
             }
             Step::Later(written) => {
                 lay(state, &written);
                 let lifted = state.cut_committed();
                 if lifted.is_some() || due.is_some() {
-                    Deferred::costly((lifted, old, due))
+                    let what = if due.is_some() { "merge of layers" } else { "write protection" };
+                    Deferred::costly((lifted, old, due)).named(what)
                 } else {
-                    Deferred::cheap(old)
+                    Deferred::cheap(old).named("old image")
                 }
             }
             Step::Live(layer) => {
                 state.live_cut_committed();
                 // Only calls wrote the file, so the last seal is due as soon as nobody waits for it.
                 let seal = OldView::new((), Some(layer));
-                if due.is_some() { Deferred::costly((seal, old, due)) } else { Deferred::cheap((seal, old)) }
+                if due.is_some() {
+                    Deferred::costly((seal, old, due)).named("merge of layers")
+                } else {
+                    Deferred::cheap((seal, old)).named("last seal")
+                }
             }
             Step::Elsewhere(elsewhere) => elsewhere.commit(&mut self.state, &self.sealed, (old, due)),
             Step::Done => unreachable!("commit takes the cut"),

@@ -33,7 +33,7 @@ mod working_set;
 
 pub use cut::MappedCut;
 pub use image::MappedImage;
-pub(crate) use precopy::{Begun, NoCut, PauseBound, Precopy, Round};
+pub(crate) use precopy::{Begun, NoCut, Onward, PauseBound, Precopy, Round};
 pub use relocate::{AddressHole, PlacedRam};
 
 use std::fmt;
@@ -57,6 +57,7 @@ use crate::ram::{Ram, RamLayout};
 use crate::sys::mapping::KeptRange;
 #[cfg(feature = "vm-memory")]
 use crate::sys::mapping::LeasedRange;
+pub(crate) use crate::sys::mapping::Mapping as RamMapping;
 use crate::sys::mapping::{Mapping, Placement};
 use crate::sys::memfd::Memfd;
 use crate::sys::pagemap::ScanMethod;

@@ -39,8 +39,20 @@ use crate::sys::uffd::UffdError;
 /// What a page takes to copy before any was measured: with memory that the host must find and clear first.
 const COLD_COPY: Duration = Duration::from_micros(4);
 
+/// What a mapping takes to make.
+const MAPPING: Duration = Duration::from_nanos(1500);
+
 /// Rounds of fewer pages say nothing about the rate.
 const MEASURABLE: u64 = 32;
+
+/// Where the space goes on after the cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Onward {
+    /// Where it is: nothing is mapped anew.
+    Here,
+    /// At other addresses, where all layers are mapped inside the pause.
+    Elsewhere,
+}
 
 /// How a live fork begins.
 pub(crate) enum Begun<'a> {
@@ -83,6 +95,9 @@ pub(crate) struct Precopy<'a> {
     number: CutNumber,
     /// Pages that `index` names in the new layer.
     copied: PageSet,
+    onward: Onward,
+    /// Mappings that the next image takes, as of the last look while the guest ran.
+    mappings: u64,
     pace: Pace,
     attempt: Attempt,
 }
@@ -167,7 +182,7 @@ impl Mapped {
     ///
     /// # Errors
     /// What the system refuses, but for write protection itself, which is [`Begun::Unwatched`].
-    pub(crate) fn precopy(&self) -> Result<Begun<'_>, SpaceError> {
+    pub(crate) fn precopy(&self, onward: Onward) -> Result<Begun<'_>, SpaceError> {
         let state = self.shared()?;
         if !matches!(state.view, View::Private) {
             return Ok(Begun::NothingToCopy);
@@ -201,6 +216,8 @@ impl Mapped {
             index: state.origin.index().clone(),
             number: state.origin.family().number(),
             copied: PageSet::new(),
+            onward,
+            mappings: 0,
             pace: Pace::default(),
             attempt,
         }))
@@ -223,10 +240,9 @@ impl<'a> Precopy<'a> {
         let found = self.look_in(&state)?;
         // Refused now rather than in the pause.
         if let Some(map) = state.origin.map() {
-            merge::check(
-                &map.with(&self.copied.union(&found.written), self.layer.clone()),
-                state.origin.tree().limits(),
-            )?;
+            let next = map.with(&self.copied.union(&found.written), self.layer.clone());
+            merge::check(&next, state.origin.tree().limits())?;
+            self.mappings = next.mappings();
         }
         Ok(found)
     }
@@ -322,7 +338,16 @@ impl<'a> Precopy<'a> {
 
     /// How long a last round would take for so many pages.
     pub(crate) fn estimate(&self, pages: PageCount) -> Duration {
-        self.pace.scan.saturating_add(self.pace.copying(pages))
+        self.pace.scan.saturating_add(self.still_to_do(pages))
+    }
+
+    /// What copying so many pages takes, and mapping them where the space goes on.
+    fn still_to_do(&self, pages: PageCount) -> Duration {
+        let mapping = match self.onward {
+            Onward::Here => Duration::ZERO,
+            Onward::Elsewhere => MAPPING.saturating_mul(u32::try_from(self.mappings).unwrap_or(u32::MAX)),
+        };
+        self.pace.copying(pages).saturating_add(mapping)
     }
 
     /// The last round and the cut. The guest must be paused.
@@ -333,7 +358,7 @@ impl<'a> Precopy<'a> {
         let start = Instant::now();
         let state = self.space.exclusive()?;
         let found = self.look_in(&state)?;
-        let estimate = start.elapsed().saturating_add(self.pace.copying(found.count()));
+        let estimate = start.elapsed().saturating_add(self.still_to_do(found.count()));
         if let PauseBound::AtMost(limit) = bound
             && estimate > limit
         {

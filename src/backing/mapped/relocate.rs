@@ -168,9 +168,17 @@ impl MappedImage {
 /// A view of an image that is to become the space's own.
 pub(super) struct Elsewhere {
     mapping: Mapping,
-    /// What a space that is cut for the first time sealed: its last seal waits for the old view to go. The layer of a later cut is
-    /// named by the image, and nobody maps it writable.
-    own: Option<Arc<Layer>>,
+    unsealed: Unsealed,
+}
+
+/// A layer whose last seal is due when nobody waits.
+enum Unsealed {
+    /// The layer of a later cut is sealed already.
+    None,
+    /// The file of a space that is cut for the first time. The old view writes it, and must go first.
+    OwnFile(Arc<Layer>),
+    /// What a pre-copy made: nobody maps it writable.
+    Copied(Arc<Layer>),
 }
 
 impl State {
@@ -199,16 +207,34 @@ impl Mapped {
             View::Shared(_) => PageSet::new(),
             _ => state.written_pages()?,
         };
-        let (sealed, own) = match seal(&mut state, written)? {
-            Seal::First(sealed, layer) => (sealed, Some(layer)),
-            Seal::Later(sealed, _) => (sealed, None),
+        let (sealed, unsealed) = match seal(&mut state, written)? {
+            Seal::First(sealed, layer) => (sealed, Unsealed::OwnFile(layer)),
+            Seal::Later(sealed, _) => (sealed, Unsealed::None),
         };
         let mapping = place(&sealed)?;
-        Ok(MappedCut { state, sealed, step: Step::Elsewhere(Elsewhere { mapping, own }), _attempt: None })
+        Ok(MappedCut { state, sealed, step: Step::Elsewhere(Elsewhere { mapping, unsealed }), _attempt: None })
     }
 }
 
 impl MappedCut<'_> {
+    /// Lets a cut whose layer was copied ahead go on elsewhere, where `place` maps the image. If that fails, the cut is undone.
+    pub(crate) fn go_elsewhere<E: From<SpaceError>>(
+        mut self,
+        place: impl FnOnce(&MappedImage) -> Result<Mapping, E>,
+    ) -> Result<Self, E> {
+        // With the lock held: nobody can take one any more.
+        self.state.unleased()?;
+        let Step::Live(layer) = &self.step else {
+            return Err(
+                SpaceError::from(SystemError::Misuse("only a cut that was copied ahead can still be moved")).into()
+            );
+        };
+        let unsealed = Unsealed::Copied(layer.clone());
+        let mapping = place(&self.sealed)?;
+        self.step = Step::Elsewhere(Elsewhere { mapping, unsealed });
+        Ok(self)
+    }
+
     /// Where RAM will be once the cut is committed: the new place of a cut that moves, the old one of any other.
     pub(crate) fn place(&self, layout: &RamLayout) -> Result<PlacedRam, SpaceError> {
         match &self.step {
@@ -230,14 +256,20 @@ impl Elsewhere {
         state.view = View::Private;
         state.shown = sealed.index().clone();
         // The new view has no private pages: there is nothing that write protection could tell apart.
-        let old = LeftView { mapping: old, own: self.own.clone(), _tracker: state.tracker.get_mut().take() };
-        Deferred::costly((OldView::new(old, self.own), origin))
+        let (own, unsealed) = match self.unsealed {
+            Unsealed::None => (None, None),
+            Unsealed::OwnFile(layer) => (Some(layer.clone()), Some(layer)),
+            Unsealed::Copied(layer) => (None, Some(layer)),
+        };
+        let old = LeftView { mapping: old, own, _tracker: state.tracker.get_mut().take() };
+        Deferred::costly((OldView::new(old, unsealed), origin)).named("old view")
     }
 }
 
 /// The view that the guest has left.
 struct LeftView {
     mapping: Mapping,
+    /// The file that it writes, if it does.
     own: Option<Arc<Layer>>,
     /// It watched that view. Dropped after it, when there is nothing left to lift.
     _tracker: Option<Tracker>,

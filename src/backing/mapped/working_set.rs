@@ -2,6 +2,7 @@
 //!
 //! A page is *written* if it is private, and *read* if a page of a file is in the page tables. The kernel maps up to 16 pages around
 //! a page of a file that is read ("fault around"), if they are in memory: they count as read, and cost next to nothing to map.
+//! Under the write protection of a live fork, a page that was only read and then reclaimed may count as written.
 
 use super::State;
 use super::layer::{host_pages, space_pages};

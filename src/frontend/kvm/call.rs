@@ -47,6 +47,8 @@ calls! {
     /// Guest memory.
     SetUserMemoryRegion = "KVM_SET_USER_MEMORY_REGION",
         "check that address and size are whole pages, that the slot number is below the host's limit and that no two slots overlap";
+    /// The pages that the guest wrote.
+    GetDirtyLog = "KVM_GET_DIRTY_LOG", "register the slot with DirtyLog::On";
     /// The list of MSRs worth saving.
     GetMsrIndexList = "KVM_GET_MSR_INDEX_LIST", "this host lists more MSRs than the bindings hold: update kvm-bindings";
     /// What a guest may be told about its processor.

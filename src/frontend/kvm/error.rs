@@ -68,6 +68,12 @@ pub enum KvmError {
         /// The most that this host takes.
         host: ByteSize,
     },
+    /// A slot holds memory of something else.
+    #[error("{slot} does not lie in the RAM that was named: name the RAM that the machine was built over")]
+    ForeignSlot {
+        /// Its number.
+        slot: SlotNumber,
+    },
     /// A slot would wrap around the guest's address space.
     #[error("{slot} would reach past the end of the guest-physical address space; lower its address")]
     SlotRange {

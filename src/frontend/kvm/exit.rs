@@ -10,7 +10,7 @@ use super::vcpu::VcpuIndex;
 use super::vcpu_error;
 
 /// What `KVM_RUN` answers when it was told not to enter the guest.
-const EINTR: i32 = 4;
+pub(super) const EINTR: i32 = 4;
 
 /// Finishes the last exit of a vCPU without running the guest on. Call it before every capture.
 ///

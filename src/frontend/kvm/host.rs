@@ -8,6 +8,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::call::KvmCall;
+use super::core;
 use super::error::KvmError;
 use super::machine_error;
 use super::msr::MsrPlan;
@@ -32,6 +33,7 @@ pub struct KvmHost {
     tsc_khz: u32,
     has_xcrs: bool,
     has_nested_state: bool,
+    core_way: core::Way,
 }
 
 impl KvmHost {
@@ -58,6 +60,7 @@ impl KvmHost {
         let xsave_size = u64::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let tsc_khz = vcpu.get_tsc_khz().map_err(machine_error(KvmCall::GetTscKhz))?;
         Ok(Arc::new(Self {
+            core_way: core::Way::of(&kvm),
             has_xcrs: kvm.check_extension(Cap::Xcrs),
             has_nested_state: kvm.check_extension_int(Cap::NestedState) > 0,
             xsave_size: ByteSize::new(xsave_size.max(crate::sys::kvm::XSAVE_LEGACY_SIZE as u64)),
@@ -91,6 +94,11 @@ impl KvmHost {
     /// The frequency that a fresh vCPU's time stamp counter has.
     pub(super) fn tsc_khz(&self) -> u32 {
         self.tsc_khz
+    }
+
+    /// How general and special registers and events are moved.
+    pub(super) fn core_way(&self) -> core::Way {
+        self.core_way
     }
 
     pub(super) fn has_xcrs(&self) -> bool {

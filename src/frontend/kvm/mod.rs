@@ -12,10 +12,11 @@
 //! | `shell.rs` | [`Shell`]: a machine made ahead of need, over a hole in the address space |
 //! | `shell_pool.rs` | [`ShellPool`]: shells in store, refilled in the background |
 //! | `ram.rs` | [`RamSlot`]: guest memory that keeps its host memory alive |
+//! | `dirty.rs` | the pages that a guest wrote, from KVM's log |
 //! | `prefault.rs` | [`prefault_second_level`]: page tables of the guest's, filled ahead |
 //! | `exit.rs` | [`finish_exit`]: bringing a vCPU to rest |
 //! | `machine.rs` | [`MachinePlan`], [`MachineState`]: the order between vCPUs and chips |
-//! | `vcpu.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
+//! | `vcpu.rs`, `core.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
 //! | `encode.rs`, `decode.rs` | the stable bytes |
 //! | `diff.rs` | where two states differ, by name |
 //! | `call.rs`, `error.rs` | names of calls, errors with advice |
@@ -35,7 +36,7 @@
 //!     .ram(SlotNumber::new(0), GuestAddress::new(0), ram, DirtyLog::Off)?
 //!     .devices(state.devices())?
 //!     .vcpus(state.vcpu_count())?;
-//! state.restore(&host, clone.vm(), clone.vcpus())?;
+//! clone.restore(&host, &state)?;
 //! let first_exit = clone.vcpus_mut()[0].run();
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -43,8 +44,10 @@
 mod build;
 mod call;
 mod chips;
+mod core;
 mod decode;
 mod diff;
+mod dirty;
 mod encode;
 mod error;
 mod exit;

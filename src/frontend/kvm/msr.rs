@@ -119,6 +119,8 @@ const NEED_LAPIC: [MsrIndex; 1] = [MsrIndex(0x4b56_4d06)];
 #[derive(Clone, Debug)]
 pub struct MsrPlan {
     order: Vec<MsrIndex>,
+    /// The same as the kernel takes it, all zero: at most [`KVM_MAX_MSR_ENTRIES`] in each.
+    questions: Vec<Msrs>,
 }
 
 impl MsrPlan {
@@ -134,7 +136,9 @@ impl MsrPlan {
             _ => (1, msr),
         });
         order.dedup();
-        Ok(Self { order })
+        let questions = order.iter().map(|&msr| entry(msr, 0)).collect::<Vec<_>>();
+        let questions = questions.chunks(KVM_MAX_MSR_ENTRIES).map(batch).collect();
+        Ok(Self { order, questions })
     }
 
     /// The registers, in the order in which they are saved and loaded.
@@ -167,18 +171,18 @@ impl MsrValues {
     pub(super) fn capture(plan: &MsrPlan, vcpu: &VcpuFd, index: VcpuIndex, chips: Irqchips) -> Result<Self, KvmError> {
         let mut values = Vec::with_capacity(plan.order.len());
         let mut refused = Vec::new();
-        let mut rest = plan.order.as_slice();
-        while !rest.is_empty() {
-            let (now, _) = rest.split_at(rest.len().min(KVM_MAX_MSR_ENTRIES));
-            let wanted: Vec<_> = now.iter().map(|&msr| entry(msr, 0)).collect();
-            let mut msrs = batch(&wanted);
-            let read = vcpu.get_msrs(&mut msrs).map_err(vcpu_error(KvmCall::GetMsrs, index))?;
+        for question in &plan.questions {
+            let mut msrs = question.clone();
+            let mut read = vcpu.get_msrs(&mut msrs).map_err(vcpu_error(KvmCall::GetMsrs, index))?;
             values.extend_from_slice(&msrs.as_slice()[..read]);
-            rest = &rest[read..];
+            let mut rest = &question.as_slice()[read..];
             // The kernel stops at the first register that it cannot read: note it and go on behind it.
-            if read < now.len() {
-                refused.push(rest[0]);
-                rest = &rest[1..];
+            while let Some((stuck, behind)) = rest.split_first() {
+                refused.push(MsrIndex(stuck.index));
+                let mut msrs = batch(behind);
+                read = vcpu.get_msrs(&mut msrs).map_err(vcpu_error(KvmCall::GetMsrs, index))?;
+                values.extend_from_slice(&msrs.as_slice()[..read]);
+                rest = &behind[read..];
             }
         }
         if chips == Irqchips::Absent {

@@ -6,10 +6,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
+use parking_lot::Mutex;
 
 use super::call::KvmCall;
+use super::dirty::Log;
 use super::error::KvmError;
-use crate::page::{ByteSize, GuestAddress};
+use crate::page::{ByteSize, GuestAddress, PageCount, PageSet, PageSize};
 use crate::sys::kvm::Slot;
 pub use crate::sys::kvm::{AnonymousRam, DirtyLog, HostMemory};
 
@@ -62,6 +64,7 @@ impl SlotNumber {
 /// ```
 pub struct RamSlot {
     slot: Slot,
+    log: Mutex<Log>,
     number: SlotNumber,
     at: GuestAddress,
     size: ByteSize,
@@ -86,18 +89,43 @@ impl RamSlot {
         }
         let slot = Slot::register(vm, number.get(), at, memory, log)
             .map_err(|source| KvmError::Machine { call: KvmCall::SetUserMemoryRegion, source })?;
-        Ok(Self { slot, number, at, size })
+        Ok(Self { slot, log: Mutex::default(), number, at, size })
     }
 
     /// A slot that was registered before its memory was there.
     pub(super) fn over(slot: Slot, number: SlotNumber, at: GuestAddress) -> Self {
         let size = slot.memory().size();
-        Self { slot, number, at, size }
+        Self { slot, log: Mutex::default(), number, at, size }
     }
 
     /// The host memory behind it.
     pub fn memory(&self) -> &Arc<dyn HostMemory> {
         self.slot.memory()
+    }
+
+    /// The pages that the guest wrote since this was last asked, counted from the slot's start in pages of 4 KiB.
+    ///
+    /// The bitmap of the whole slot is copied, so this costs by the slot: 0.3 µs and 3.5 µs per GiB here, and little per page written.
+    /// Writes of this process are not in it.
+    ///
+    /// # Errors
+    /// [`KvmError::Machine`] with `KVM_GET_DIRTY_LOG` where the slot was registered with [`DirtyLog::Off`]. Nothing is lost: the next
+    /// call gives it.
+    pub fn take_dirty(&self) -> Result<PageSet, KvmError> {
+        self.fetch_dirty()?;
+        Ok(self.fetched())
+    }
+
+    /// Reads the log, for [`RamSlot::fetched`]: until then it counts as not asked for.
+    pub(super) fn fetch_dirty(&self) -> Result<(), KvmError> {
+        let pages = PageCount::new(self.size.get().div_ceil(PageSize::KIB_4.bytes().get()));
+        let fetched = self.log.lock().fetch(&self.slot, pages);
+        fetched.map_err(|source| KvmError::Machine { call: KvmCall::GetDirtyLog, source })
+    }
+
+    /// What was fetched and not handed out.
+    pub(super) fn fetched(&self) -> PageSet {
+        self.log.lock().take()
     }
 
     /// Its number.

@@ -202,8 +202,8 @@ impl Shell {
             .zip(regions)
             .enumerate()
             .map(|(number, (slot, (region, _)))| RamSlot::over(slot, SlotNumber::new(number as u32), region.start));
-        let machine = KvmMachine::from_parts(filled.vm, filled.vcpus, slots.collect());
-        state.load(&self.shape.host, machine.vm(), machine.vcpus(), Target::Fresh)?;
+        let mut machine = KvmMachine::from_parts(filled.vm, filled.vcpus, slots.collect());
+        machine.load(&self.shape.host, state, Target::Fresh)?;
         if let Some(ticket) = self.ticket {
             ticket.entered();
         }
@@ -218,7 +218,7 @@ impl Shell {
     pub fn capture(&self) -> Result<MachineState, KvmError> {
         let (host, devices) = (Arc::clone(&self.shape.host), self.shape.devices);
         let plan = MachinePlan { host, vcpus: self.shape.vcpus.to_vec(), devices };
-        MachineState::capture(&plan, self.vm.vm(), self.vm.vcpus())
+        MachineState::look(&plan, self.vm.vm(), self.vm.vcpus())
     }
 
     pub(super) fn with_ticket(self, ticket: Ticket) -> Self {

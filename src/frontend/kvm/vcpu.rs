@@ -3,18 +3,18 @@
 //! It knows one vCPU only; the order between vCPUs and the machine's own chips is `machine.rs`.
 //!
 //! **Order of capture.** The MP state first: asking for it makes the kernel act on a pending INIT or SIPI, which changes
-//! registers. The events last: other questions may move an interrupt from pending to injected.
+//! registers. Then registers and events (`core.rs`), then the rest, which changes nothing.
 //!
 //! **Order of loading**, each because of the one before:
 //! 1. CPUID (it decides which bits and registers exist), then the TSC frequency (values below are in its ticks);
-//! 2. special registers (EFER and the control registers decide what the next ones mean; APIC base decides the LAPIC's mode);
-//! 3. general registers (they clear a pending exception, so before the events), debug registers;
+//! 2. special registers (EFER and the control registers decide what the next ones mean; APIC base decides the LAPIC's mode),
+//!    general registers and events (in this order: setting registers clears a pending exception);
+//! 3. debug registers;
 //! 4. XCRs before XSAVE (XCR0 says which parts of the area count);
 //! 5. MSRs, the TSC first;
-//! 6. nested state (it needs the registers and the VMX MSRs);
+//! 6. nested state (it needs the registers and the VMX MSRs), then the events again;
 //! 7. LAPIC, then the TSC deadline (loading the LAPIC disarms its timer);
-//! 8. events;
-//! 9. the machine's chips and clock, then the MP state of every vCPU (`machine.rs`).
+//! 8. the machine's chips and clock, then the MP state of every vCPU (`machine.rs`).
 //!
 //! `KVM_SET_FPU` is never issued: XSAVE holds all of it.
 
@@ -23,12 +23,13 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
-    kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
+    kvm_sregs, kvm_sregs2, kvm_sync_regs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
 
 use super::call::KvmCall;
 use super::chips::Irqchips;
+use super::core;
 use super::error::KvmError;
 use super::host::KvmHost;
 use super::msr::{MsrIndex, MsrValues};
@@ -63,7 +64,7 @@ impl fmt::Display for VcpuIndex {
 pub enum Target {
     /// It was just created and has not run. Calls that would only write what a fresh vCPU holds anyway are left out.
     Fresh,
-    /// It ran before (reset in place): everything is written.
+    /// It ran before (reset in place), and is at rest: everything is written that the kernel takes.
     Used,
 }
 
@@ -144,7 +145,7 @@ const FRESH_DR7: u64 = 0x400;
 const FRESH_XCR0: u64 = 1;
 
 impl VcpuState {
-    /// Reads a paused vCPU. `mp_state` was asked of all vCPUs before (see the order above).
+    /// Reads the rest of a paused vCPU. `mp_state` and `core` were read before (see the order above).
     pub(super) fn capture(
         host: &KvmHost,
         plan: &VcpuPlan,
@@ -152,10 +153,10 @@ impl VcpuState {
         index: VcpuIndex,
         chips: Irqchips,
         mp_state: kvm_mp_state,
+        core: kvm_sync_regs,
     ) -> Result<Self, KvmError> {
         let at = |call| vcpu_error(call, index);
-        let regs = vcpu.get_regs().map_err(at(KvmCall::GetRegs))?;
-        let sregs = vcpu.get_sregs().map_err(at(KvmCall::GetSregs))?;
+        let kvm_sync_regs { regs, sregs, events } = core;
         let pdptrs = if uses_pae(&sregs) {
             let sregs2 = get_sregs2(vcpu).map_err(io_error(KvmCall::GetSregs2, index))?;
             (sregs2.flags & u64::from(kvm_bindings::KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0).then_some(sregs2.pdptrs)
@@ -182,7 +183,6 @@ impl VcpuState {
             Irqchips::InKernel => Some(vcpu.get_lapic().map_err(at(KvmCall::GetLapic))?),
             Irqchips::Absent => None,
         };
-        let events = vcpu.get_vcpu_events().map_err(at(KvmCall::GetVcpuEvents))?;
         Ok(Self { plan: plan.clone(), mp_state, regs, sregs, pdptrs, debug, xcrs, xsave, msrs, nested, lapic, events })
     }
 
@@ -191,8 +191,14 @@ impl VcpuState {
         self.plan.prepare(host, vcpu, index)
     }
 
-    /// Steps 2 to 8.
-    pub(super) fn load(&self, host: &KvmHost, vcpu: &VcpuFd, index: VcpuIndex, target: Target) -> Result<(), KvmError> {
+    /// Steps 2 to 7. A vCPU that ran is at rest.
+    pub(super) fn load(
+        &self,
+        host: &KvmHost,
+        vcpu: &mut VcpuFd,
+        index: VcpuIndex,
+        target: Target,
+    ) -> Result<(), KvmError> {
         let at = |call| vcpu_error(call, index);
         let all = target == Target::Used;
         // A VM that ran on a host with more vector state than this one cannot go on here.
@@ -202,14 +208,16 @@ impl VcpuState {
                 host: host.xsave_size(),
             });
         }
-        match self.pdptrs {
-            Some(pdptrs) => {
-                let sregs2 = with_pdptrs(&self.sregs, pdptrs);
-                set_sregs2(vcpu, &sregs2).map_err(io_error(KvmCall::SetSregs2, index))?;
-            }
-            None => vcpu.set_sregs(&self.sregs).map_err(at(KvmCall::SetSregs))?,
+        if self.lapic.is_none() {
+            // Without a LAPIC every run takes CR8 from here.
+            vcpu.get_kvm_run().cr8 = self.sregs.cr8;
         }
-        vcpu.set_regs(&self.regs).map_err(at(KvmCall::SetRegs))?;
+        core::write(host.core_way(), vcpu, index, &self.regs, &self.sregs, &self.events)?;
+        if let Some(pdptrs) = self.pdptrs {
+            // Once more, with the pointers that the processor holds: what is above took them from RAM.
+            let sregs2 = with_pdptrs(&self.sregs, pdptrs);
+            set_sregs2(vcpu, &sregs2).map_err(io_error(KvmCall::SetSregs2, index))?;
+        }
         if all || !self.has_fresh_debug_registers() {
             vcpu.set_debug_regs(&self.debug).map_err(at(KvmCall::SetDebugRegs))?;
         }
@@ -220,24 +228,22 @@ impl VcpuState {
         self.msrs.load(vcpu, index)?;
         if let Nested::Captured(state) = &self.nested {
             vcpu.set_nested_state(state).map_err(at(KvmCall::SetNestedState))?;
+            vcpu.set_vcpu_events(&self.events).map_err(at(KvmCall::SetVcpuEvents))?;
         }
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).map_err(at(KvmCall::SetLapic))?;
-        }
-        if all || self.msrs.deadline.is_some_and(|deadline| deadline != 0) {
-            self.msrs.load_deadline(vcpu, index)?;
-        }
-        if all || !has_fresh_events(&self.events) {
-            vcpu.set_vcpu_events(&self.events).map_err(at(KvmCall::SetVcpuEvents))?;
+            // In any other mode of the timer the kernel ignores the register, and reads it as zero.
+            if uses_deadline(lapic) && (all || self.msrs.deadline != Some(0)) {
+                self.msrs.load_deadline(vcpu, index)?;
+            }
         }
         Ok(())
     }
 
     /// The last step of all.
-    pub(super) fn load_mp_state(&self, vcpu: &VcpuFd, index: VcpuIndex, target: Target) -> Result<(), KvmError> {
-        // Without in-kernel chips every vCPU starts runnable, and no other state exists.
-        let starts_so = self.lapic.is_none() && self.mp_state.mp_state == KVM_MP_STATE_RUNNABLE;
-        if target == Target::Fresh && starts_so {
+    pub(super) fn load_mp_state(&self, vcpu: &VcpuFd, index: VcpuIndex) -> Result<(), KvmError> {
+        // Without in-kernel chips every vCPU is runnable, and no other state exists.
+        if self.lapic.is_none() && self.mp_state.mp_state == KVM_MP_STATE_RUNNABLE {
             return Ok(());
         }
         vcpu.set_mp_state(self.mp_state).map_err(vcpu_error(KvmCall::SetMpState, index))
@@ -251,6 +257,12 @@ impl VcpuState {
         let fresh = kvm_debugregs { dr6: FRESH_DR6, dr7: FRESH_DR7, ..Default::default() };
         self.debug.bytes() == fresh.bytes()
     }
+}
+
+/// Whether the LAPIC's timer fires at a value of the time stamp counter: bits 17 and 18 of its vector entry.
+fn uses_deadline(lapic: &kvm_lapic_state) -> bool {
+    const TIMER_ENTRY: usize = 0x320;
+    lapic.regs[TIMER_ENTRY + 2] as u8 >> 1 & 0b11 == 0b10
 }
 
 /// Paging with four page-directory pointers that the processor loads with CR3: PG and PAE on, long mode off.
@@ -287,16 +299,10 @@ fn has_fresh_xcrs(xcrs: &kvm_xcrs) -> bool {
     xcrs.nr_xcrs == 1 && xcrs.xcrs[0].xcr == 0 && xcrs.xcrs[0].value == FRESH_XCR0
 }
 
-/// Whether nothing is pending, injected, masked or in system management mode. `flags` only says which fields count.
-fn has_fresh_events(events: &kvm_vcpu_events) -> bool {
-    let fresh = kvm_vcpu_events { flags: events.flags, ..Default::default() };
-    events.bytes() == fresh.bytes()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::kvm::{Clock, Devices, MachinePlan, MachineState, Pit, VmBuilder};
+    use crate::frontend::kvm::{Clock, Devices, MachinePlan, Pit, VmBuilder};
 
     /// What `load` leaves out for a fresh vCPU is right only while a fresh vCPU holds exactly that.
     #[test]
@@ -312,16 +318,16 @@ mod tests {
         };
         for irqchips in [Irqchips::Absent, Irqchips::InKernel] {
             let devices = Devices { irqchips, pit: Pit::Absent, clock: Clock::Left };
-            let machine = VmBuilder::new(&host).and_then(|vm| vm.devices(devices)).and_then(|vm| vm.vcpus(2)).unwrap();
+            let mut machine =
+                VmBuilder::new(&host).and_then(|vm| vm.devices(devices)).and_then(|vm| vm.vcpus(2)).unwrap();
             for vcpu in machine.vcpus() {
                 vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
             }
             let plan = MachinePlan::read(&host, machine.vcpus(), devices).unwrap();
-            let state = MachineState::capture(&plan, machine.vm(), machine.vcpus()).unwrap();
+            let state = machine.capture(&plan).unwrap();
             for vcpu in &state.vcpus {
                 assert!(vcpu.has_fresh_debug_registers(), "{:?}", vcpu.debug);
                 assert!(vcpu.xcrs.as_ref().is_none_or(has_fresh_xcrs), "{:?}", vcpu.xcrs);
-                assert!(has_fresh_events(&vcpu.events), "{:?}", vcpu.events);
                 assert_eq!(vcpu.msrs.deadline.unwrap_or(0), 0);
                 assert_eq!(vcpu.plan.tsc_khz, host.tsc_khz());
                 if irqchips == Irqchips::Absent {

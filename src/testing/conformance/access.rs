@@ -1,9 +1,9 @@
 //! The live side: creating, reading, writing and zeroing one space.
 
 use super::Bench;
-use crate::backing::{Backing, Sealed, Tree};
+use crate::backing::{Allocation, Backing, Extent, Sealed, Tree};
 use crate::image::Source;
-use crate::page::{ByteOffset, PageIndex, PageRange, PageSet};
+use crate::page::{ByteOffset, PageCount, PageIndex, PageRange, PageSet};
 use crate::testing::pair::{Pair, broken, check_geometry_error, geometry, ok, on_a_tree, pages};
 use crate::testing::{ByteSource, Dice};
 use std::sync::Arc;

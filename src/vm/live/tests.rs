@@ -3,11 +3,11 @@
 use rustix::io::Errno;
 
 use super::*;
-use crate::backing::Backing;
+use crate::backing::{AddressHole, Backing, Deferred, PlacedRam};
 use crate::page::{ByteSize, Gfn, GuestAddress, PageIndex, PageRange, PageSet, PageSize};
 use crate::ram::RamLayout;
 use crate::sys::fault::plan;
-use crate::{AtRest, CloneSpec, DeviceState, Tree, VmName, VmStatus};
+use crate::{AtRest, BoxError, CloneSpec, DeviceState, Relocate, Tree, VmName, VmStatus};
 
 const PAGES: u64 = 64;
 
@@ -298,18 +298,54 @@ fn a_second_attempt_beside_the_first_is_refused() {
     let vm = vm(&Tree::default());
     store(&vm, 1, 1);
     check(&vm, &policy(), &mut |_, _| {
-        assert!(vm.ram().space().precopy().is_err());
+        assert!(vm.ram().space().precopy(Onward::Here).is_err());
         assert!(matches!(vm.fork_live(&mut rest(), &policy()), Err(ForkError::IllegalState(_))));
         // What is asked meanwhile is answered with what is protected counted in.
         assert!(vm.dirty().unwrap().ram.contains(PageIndex::new(1)));
     });
 }
 
+const ONWARD: [Onward; 2] = [Onward::Here, Onward::Elsewhere];
+
+/// A guest that may be moved.
+struct Mover;
+
+impl Guest for Mover {
+    fn pause(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<DeviceState, BoxError> {
+        Ok(DeviceState::from_bytes(vec![7]))
+    }
+
+    fn resume(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+impl Relocate for Mover {
+    fn next_hole(&mut self) -> Result<AddressHole, BoxError> {
+        Ok(AddressHole::pick(ByteSize::kib(4 * PAGES))?)
+    }
+
+    fn relocate(&mut self, _: &PlacedRam, _: &DeviceState) -> Result<Deferred, BoxError> {
+        Ok(Deferred::default())
+    }
+}
+
+fn fork(vm: &Vm<Mapped>, onward: Onward, seam: Seam<'_>) -> Result<ForkPoint<Mapped>, ForkError> {
+    match onward {
+        Onward::Here => vm.fork_live_at(&mut rest(), &policy(), seam),
+        Onward::Elsewhere => vm.fork_live_relocating_at(&mut Mover, &policy(), seam),
+    }
+}
+
 /// Every call of a live fork fails once, in every way that has a meaning of its own; whatever comes of it, the VM is right.
 #[test]
 fn a_failure_of_any_call_leaves_the_vm_right() {
     for errno in [Errno::NOMEM, Errno::PERM, Errno::NOSYS, Errno::INVAL, Errno::MFILE, Errno::BUSY, Errno::INTR] {
-        for kept in [false, true] {
+        for (kept, onward) in [false, true].into_iter().flat_map(|kept| ONWARD.map(|onward| (kept, onward))) {
             let (mut failed, mut fell_back) = (0, 0);
             for n in 1.. {
                 let tree = Tree::default();
@@ -322,7 +358,8 @@ fn a_failure_of_any_call_leaves_the_vm_right() {
                 vm.ram().discard(Gfn::new(40), PageCount::new(2)).unwrap();
                 let files = tree.usage().memory_files;
                 let guard = plan::arm(n, errno);
-                let forked = vm.fork_live_at(&mut rest(), &policy(), &mut |moment, _| match moment {
+                let home = vm.ram().space().host_base();
+                let forked = fork(&vm, onward, &mut |moment, _| match moment {
                     Moment::Copied(0) => {
                         (25..35).for_each(|page| store(&vm, page, 3));
                         vm.ram().write(at(11), &[0; 4096]).unwrap();
@@ -341,6 +378,7 @@ fn a_failure_of_any_call_leaves_the_vm_right() {
                         fell_back += u64::from(point.timings().precopy.unwrap().fallback().is_some());
                     }
                     Err(_) => {
+                        assert_eq!(vm.ram().space().host_base(), home);
                         failed += 1;
                         assert_eq!(tree.usage().memory_files, files);
                     }

@@ -1,4 +1,4 @@
-//! An assembler for the few 64-bit x86 instructions that the guest is written in, and labels.
+//! An assembler for the few 64-bit x86 instructions that the guests are written in, and labels.
 //!
 //! Operands are 32 bits wide unless a name says otherwise. Memory operands are a base register and a 32-bit offset. Encodings
 //! are those of the Intel manual, volume 2.
@@ -9,7 +9,9 @@ use std::collections::HashMap;
 pub type Reg = u8;
 pub const EAX: Reg = 0;
 pub const ECX: Reg = 1;
+pub const EDX: Reg = 2;
 pub const EBX: Reg = 3;
+pub const ESP: Reg = 4;
 pub const EBP: Reg = 5;
 pub const ESI: Reg = 6;
 pub const EDI: Reg = 7;
@@ -61,10 +63,10 @@ impl Assembler {
         self.encode(0, opcode, 3, reg, rm);
     }
 
-    fn memory(&mut self, opcode: u8, reg: Reg, base: Reg, offset: u16) {
+    fn memory(&mut self, opcode: &[u8], reg: Reg, base: Reg, offset: u16) {
         // A base whose number ends in 4 would need one more byte.
         debug_assert!(base & 7 != 4);
-        self.encode(0, &[opcode], 2, reg, base);
+        self.encode(0, opcode, 2, reg, base);
         self.word(offset.into());
     }
 
@@ -79,27 +81,47 @@ impl Assembler {
     }
 
     pub fn load(&mut self, to: Reg, base: Reg, offset: u16) {
-        self.memory(0x8b, to, base, offset);
+        self.memory(&[0x8b], to, base, offset);
+    }
+
+    /// Loads a byte, without or with its sign.
+    pub fn load_byte(&mut self, to: Reg, base: Reg, offset: u16) {
+        self.memory(&[0x0f, 0xb6], to, base, offset);
+    }
+
+    pub fn load_signed_byte(&mut self, to: Reg, base: Reg, offset: u16) {
+        self.memory(&[0x0f, 0xbe], to, base, offset);
+    }
+
+    /// Loads 16 bits, without a sign.
+    pub fn load_half(&mut self, to: Reg, base: Reg, offset: u16) {
+        self.memory(&[0x0f, 0xb7], to, base, offset);
+    }
+
+    /// Stores the lowest byte of a register below 4: others would need a prefix.
+    pub fn store_byte(&mut self, from: Reg, base: Reg, offset: u16) {
+        debug_assert!(from < 4);
+        self.memory(&[0x88], from, base, offset);
     }
 
     pub fn store(&mut self, from: Reg, base: Reg, offset: u16) {
-        self.memory(0x89, from, base, offset);
+        self.memory(&[0x89], from, base, offset);
     }
 
     pub fn add_from(&mut self, to: Reg, base: Reg, offset: u16) {
-        self.memory(0x03, to, base, offset);
+        self.memory(&[0x03], to, base, offset);
     }
 
     pub fn or_from(&mut self, to: Reg, base: Reg, offset: u16) {
-        self.memory(0x0b, to, base, offset);
+        self.memory(&[0x0b], to, base, offset);
     }
 
     pub fn xor_from(&mut self, to: Reg, base: Reg, offset: u16) {
-        self.memory(0x33, to, base, offset);
+        self.memory(&[0x33], to, base, offset);
     }
 
     pub fn cmp_from(&mut self, with: Reg, base: Reg, offset: u16) {
-        self.memory(0x3b, with, base, offset);
+        self.memory(&[0x3b], with, base, offset);
     }
 
     pub fn mov(&mut self, to: Reg, from: Reg) {
@@ -116,6 +138,10 @@ impl Assembler {
 
     pub fn xor(&mut self, to: Reg, from: Reg) {
         self.registers(&[0x31], from, to);
+    }
+
+    pub fn sub(&mut self, from: Reg, what: Reg) {
+        self.registers(&[0x29], what, from);
     }
 
     pub fn cmp(&mut self, one: Reg, other: Reg) {
@@ -140,6 +166,46 @@ impl Assembler {
     pub fn and_with(&mut self, to: Reg, value: u8) {
         self.registers(&[0x83], 4, to);
         self.bytes.push(value);
+    }
+
+    pub fn add_with(&mut self, to: Reg, value: u8) {
+        self.registers(&[0x83], 0, to);
+        self.bytes.push(value);
+    }
+
+    pub fn cmp_with(&mut self, one: Reg, value: u8) {
+        self.registers(&[0x83], 7, one);
+        self.bytes.push(value);
+    }
+
+    /// Takes room from the stack, and gives it back: all 64 bits of its pointer.
+    pub fn grow_stack(&mut self, bytes: u8) {
+        self.encode(REX_W, &[0x83], 3, 5, ESP);
+        self.bytes.push(bytes);
+    }
+
+    pub fn shrink_stack(&mut self, bytes: u8) {
+        self.encode(REX_W, &[0x83], 3, 0, ESP);
+        self.bytes.push(bytes);
+    }
+
+    /// Pushes or pops 64 bits of one of the first eight registers.
+    pub fn push(&mut self, what: Reg) {
+        debug_assert!(what < 8);
+        self.bytes.push(0x50 + what);
+    }
+
+    pub fn pop(&mut self, what: Reg) {
+        debug_assert!(what < 8);
+        self.bytes.push(0x58 + what);
+    }
+
+    pub fn call(&mut self, to: &'static str) {
+        self.jump(&[0xe8], to);
+    }
+
+    pub fn ret(&mut self) {
+        self.bytes.push(0xc3);
     }
 
     /// Sets the flags only.
@@ -187,6 +253,20 @@ impl Assembler {
     pub fn jne(&mut self, to: &'static str) {
         self.jump(&[0x0f, 0x85], to);
     }
+
+    /// Jumps if the first was below or above the second, as numbers without a sign.
+    pub fn jb(&mut self, to: &'static str) {
+        self.jump(&[0x0f, 0x82], to);
+    }
+
+    pub fn ja(&mut self, to: &'static str) {
+        self.jump(&[0x0f, 0x87], to);
+    }
+
+    /// Jumps if the first was greater than the second, as numbers with a sign.
+    pub fn jg(&mut self, to: &'static str) {
+        self.jump(&[0x0f, 0x8f], to);
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +291,13 @@ mod tests {
         a.and_with(EAX, 15);
         a.test_with(EBP, 7);
         a.out(0x11);
+        a.load_byte(EAX, ESI, 1);
+        a.load_signed_byte(EAX, ESI, 1);
+        a.store_byte(EAX, EBX, 0x40);
+        a.grow_stack(32);
+        a.push(EAX);
+        a.cmp_with(EAX, 32);
+        a.ret();
         a.jne("start");
         let expected = [
             vec![0x41, 0x0f, 0xaf, 0xf9],
@@ -226,7 +313,14 @@ mod tests {
             vec![0x83, 0xe0, 0x0f],
             vec![0xf7, 0xc5, 0x07, 0x00, 0x00, 0x00],
             vec![0xe6, 0x11],
-            vec![0x0f, 0x85, 0xc6, 0xff, 0xff, 0xff],
+            vec![0x0f, 0xb6, 0x86, 0x01, 0x00, 0x00, 0x00],
+            vec![0x0f, 0xbe, 0x86, 0x01, 0x00, 0x00, 0x00],
+            vec![0x88, 0x83, 0x40, 0x00, 0x00, 0x00],
+            vec![0x48, 0x83, 0xec, 0x20],
+            vec![0x50],
+            vec![0x83, 0xf8, 0x20],
+            vec![0xc3],
+            vec![0x0f, 0x85, 0xa9, 0xff, 0xff, 0xff],
         ];
         assert_eq!(a.finish(), expected.concat());
     }

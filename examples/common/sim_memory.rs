@@ -1,9 +1,9 @@
-//! The simulator's loads and stores, done on the engine's RAM.
+//! What a simulated vCPU needs of its host: loads and stores on the engine's RAM, and a clock that ends a batch.
 
 use offshoot::backing::Page4K;
 use offshoot::page::GuestAddress;
 use offshoot::ram::{RamError, RamView};
-use rvsim::{Memory, MemoryAccess};
+use rvsim::{Clock, Memory, MemoryAccess, Op};
 
 /// Guest memory for one batch of instructions.
 pub struct GuestMemory<'a> {
@@ -61,5 +61,38 @@ impl Memory for GuestMemory<'_> {
         };
         self.refused = done.err();
         self.refused.is_none()
+    }
+}
+
+/// A clock that stops the simulator after so many instructions. The guest is not told the time.
+pub struct Countdown {
+    left: u32,
+}
+
+impl Countdown {
+    pub fn new(instructions: u32) -> Self {
+        Self { left: instructions }
+    }
+}
+
+impl Clock for Countdown {
+    fn read_cycle(&self) -> u64 {
+        0
+    }
+
+    fn read_time(&self) -> u64 {
+        0
+    }
+
+    fn read_instret(&self) -> u64 {
+        0
+    }
+
+    fn progress(&mut self, _: &Op) {
+        self.left -= 1;
+    }
+
+    fn check_quota(&self) -> bool {
+        self.left > 0
     }
 }

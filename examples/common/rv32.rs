@@ -1,4 +1,4 @@
-//! An assembler for the part of RV32IM that the guest is written in: one function for each instruction, and labels.
+//! An assembler for the part of RV32IM that the guests are written in: one function for each instruction, and labels.
 //!
 //! Formats and opcodes are those of the RISC-V unprivileged specification, chapter "RV32/64G Instruction Set Listings".
 
@@ -7,6 +7,8 @@ use std::collections::HashMap;
 /// A register by number; the names are those of the calling convention.
 pub type Reg = usize;
 pub const ZERO: Reg = 0;
+pub const RA: Reg = 1;
+pub const SP: Reg = 2;
 pub const T0: Reg = 5;
 pub const T1: Reg = 6;
 pub const T2: Reg = 7;
@@ -87,10 +89,33 @@ impl Assembler {
         self.immediate(0x03, 2, rd, base, offset);
     }
 
-    pub fn sw(&mut self, source: Reg, offset: i32, base: Reg) {
+    /// Loads a byte with its sign.
+    pub fn lb(&mut self, rd: Reg, offset: i32, base: Reg) {
+        self.immediate(0x03, 0, rd, base, offset);
+    }
+
+    /// Loads a byte, and two of them, without a sign.
+    pub fn lbu(&mut self, rd: Reg, offset: i32, base: Reg) {
+        self.immediate(0x03, 4, rd, base, offset);
+    }
+
+    pub fn lhu(&mut self, rd: Reg, offset: i32, base: Reg) {
+        self.immediate(0x03, 5, rd, base, offset);
+    }
+
+    fn store(&mut self, funct3: u32, source: Reg, offset: i32, base: Reg) {
         debug_assert!((-2048..2048).contains(&offset));
         let (value, rs1, rs2) = (offset as u32, base as u32, source as u32);
-        self.words.push((value >> 5 & 0x7f) << 25 | rs2 << 20 | rs1 << 15 | 2 << 12 | (value & 0x1f) << 7 | 0x23);
+        let (upper, lower) = (value >> 5 & 0x7f, value & 0x1f);
+        self.words.push(upper << 25 | rs2 << 20 | rs1 << 15 | funct3 << 12 | lower << 7 | 0x23);
+    }
+
+    pub fn sw(&mut self, source: Reg, offset: i32, base: Reg) {
+        self.store(2, source, offset, base);
+    }
+
+    pub fn sb(&mut self, source: Reg, offset: i32, base: Reg) {
+        self.store(0, source, offset, base);
     }
 
     pub fn addi(&mut self, rd: Reg, rs1: Reg, value: i32) {
@@ -122,6 +147,10 @@ impl Assembler {
         self.register(0, 0, rd, rs1, rs2);
     }
 
+    pub fn sub(&mut self, rd: Reg, rs1: Reg, rs2: Reg) {
+        self.register(0x20, 0, rd, rs1, rs2);
+    }
+
     pub fn and(&mut self, rd: Reg, rs1: Reg, rs2: Reg) {
         self.register(0, 7, rd, rs1, rs2);
     }
@@ -146,9 +175,30 @@ impl Assembler {
         self.branch(1, rs1, rs2, to);
     }
 
+    /// Branches if the first is less, as numbers without a sign, and with one.
+    pub fn bltu(&mut self, rs1: Reg, rs2: Reg, to: &'static str) {
+        self.branch(6, rs1, rs2, to);
+    }
+
+    pub fn blt(&mut self, rs1: Reg, rs2: Reg, to: &'static str) {
+        self.branch(4, rs1, rs2, to);
+    }
+
     pub fn j(&mut self, to: &'static str) {
+        self.jal(ZERO, to);
+    }
+
+    pub fn call(&mut self, to: &'static str) {
+        self.jal(RA, to);
+    }
+
+    fn jal(&mut self, rd: Reg, to: &'static str) {
         self.jumps.push((self.words.len(), to));
-        self.words.push(0x6f);
+        self.words.push((rd as u32) << 7 | 0x6f);
+    }
+
+    pub fn ret(&mut self) {
+        self.immediate(0x67, 0, ZERO, RA, 0);
     }
 
     pub fn ecall(&mut self) {
@@ -188,6 +238,11 @@ mod tests {
         a.j("start");
         a.label("end");
         a.ecall();
+        a.lbu(A0, 1, S0);
+        a.lb(A0, 1, S0);
+        a.sb(A0, 4, S0);
+        a.sub(T0, T1, T2);
+        a.ret();
         let bytes = a.finish();
         let words: Vec<_> = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
         let expected = [
@@ -201,6 +256,11 @@ mod tests {
             0x00b5_0463,
             0xfe1f_f06f,
             0x0000_0073,
+            0x0014_4503,
+            0x0014_0503,
+            0x00a4_0223,
+            0x4073_02b3,
+            0x0000_8067,
         ];
         assert_eq!(words, expected);
     }
