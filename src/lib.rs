@@ -69,7 +69,8 @@
 //! # What it does not do
 //!
 //! It contains no hypervisor, device model or network; it does not migrate between hosts; overlays do not survive the process. Feature
-//! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `testing`
+//! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `imago` reads
+//! and writes disk images, feature `testing`
 //! has the conformance suite for backings of your own.
 
 mod account;

@@ -167,7 +167,7 @@ fn vmdk(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<Layer, Forma
 
 /// The library reads what an extent's file does not hold as zeroes. That is a file cut off, and no content.
 fn extents_are_whole(path: &Path, access: &FormatAccess<LibraryFile>) -> Result<(), FormatError> {
-    let io = |error| FormatError::io(path, error);
+    let io = |error| library_error(path, error);
     let mut at = 0;
     while at < access.size() {
         let (mapping, len) = access.get_shallow_mapping(at, access.size() - at).map_err(io)?;

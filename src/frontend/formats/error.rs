@@ -137,7 +137,9 @@ pub enum Rule {
     #[error("it names {0:?}, which is a protocol or options and no plain path")]
     Protocol(String),
     /// A backing file without a format, or with one that is not supported: it would have to be guessed.
-    #[error("it names the backing file {name:?} of format {format:?}: name it with qemu-img rebase -u -F raw, qcow2 or vmdk")]
+    #[error(
+        "it names the backing file {name:?} of format {format:?}: name it with qemu-img rebase -u -F raw, qcow2 or vmdk"
+    )]
     BackingFormat {
         /// The file.
         name: String,

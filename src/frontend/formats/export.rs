@@ -214,7 +214,10 @@ fn write_qcow2(
         .ok_or_else(|| FormatError::refused(target, TOO_SMALL_CLUSTERS))?;
     pieces(input, cluster, watch, |at, bytes| {
         let clusters = bytes.chunks_exact(cluster as usize).enumerate().filter(|(_, bytes)| !is_zero(bytes));
-        clusters.map(|(i, bytes)| (at / cluster + i as u64, bytes)).try_for_each(|(i, bytes)| writer.data(i, bytes)).map_err(io)
+        clusters
+            .map(|(i, bytes)| (at / cluster + i as u64, bytes))
+            .try_for_each(|(i, bytes)| writer.data(i, bytes))
+            .map_err(io)
     })?;
     writer.finish().map_err(io)
 }
@@ -234,7 +237,10 @@ fn write_vmdk(
         .ok_or_else(|| refused("a VMDK reaches no further than 2 TiB: use qcow2 or raw"))?;
     pieces(input, GRAIN, watch, |at, bytes| {
         let grains = bytes.chunks_exact(GRAIN as usize).enumerate().filter(|(_, bytes)| !is_zero(bytes));
-        grains.map(|(i, bytes)| (at / GRAIN + i as u64, bytes)).try_for_each(|(i, bytes)| writer.data(i, bytes)).map_err(io)
+        grains
+            .map(|(i, bytes)| (at / GRAIN + i as u64, bytes))
+            .try_for_each(|(i, bytes)| writer.data(i, bytes))
+            .map_err(io)
     })?;
     writer.finish().map_err(io)
 }
@@ -312,4 +318,82 @@ fn write_delta(
         }
     }
     writer.finish().map_err(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::SpaceError;
+    use crate::frontend::formats::keep_going;
+
+    /// 300 KiB of data with a hole.
+    struct Pattern;
+
+    impl Source for Pattern {
+        fn len(&self) -> ByteSize {
+            ByteSize::kib(300)
+        }
+
+        fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
+            for (at, byte) in (at.get()..).zip(buf) {
+                *byte = if (1 << 16..3 << 16).contains(&at) { 0 } else { (at >> 9) as u8 | 1 };
+            }
+            Ok(())
+        }
+    }
+
+    /// A medium that is full at the n-th call.
+    struct Full {
+        left: usize,
+        calls: usize,
+    }
+
+    impl Full {
+        fn call(&mut self) -> std::io::Result<()> {
+            self.calls += 1;
+            self.left = self.left.checked_sub(1).ok_or(std::io::ErrorKind::StorageFull)?;
+            Ok(())
+        }
+    }
+
+    impl Output for Full {
+        fn put(&mut self, _: u64, _: &[u8]) -> std::io::Result<()> {
+            self.call()
+        }
+
+        fn set_len(&mut self, _: u64) -> std::io::Result<()> {
+            self.call()
+        }
+    }
+
+    #[test]
+    fn a_full_medium_is_a_clean_error_at_every_call() {
+        let target = Path::new("out");
+        let changed = [(0, 16), (40, 75)].map(|(a, b)| {
+            crate::page::PageRange::from_bounds(crate::page::PageIndex::new(a), crate::page::PageIndex::new(b))
+        });
+        let mut set = PageSet::new();
+        changed.into_iter().for_each(|range| set.push(range));
+        let delta = Delta { image: Box::new(Pattern), changed: set, page: PageSize::KIB_4 };
+        let backing = BackingName { name: "base".into(), format: Format::Raw };
+        type Write<'a> = &'a dyn Fn(&mut Full) -> Result<(), FormatError>;
+        let cluster = ClusterSize::default();
+        let writers: [Write<'_>; 4] = [
+            &|out| write_raw(&Plain(&Pattern), target, out, &mut keep_going),
+            &|out| write_qcow2(&Plain(&Pattern), target, out, cluster, &mut keep_going),
+            &|out| write_vmdk(&Plain(&Pattern), target, out, &mut keep_going),
+            &|out| write_delta(&delta, &backing, target, out, cluster, &mut keep_going),
+        ];
+        for write in writers {
+            let mut whole = Full { left: usize::MAX, calls: 0 };
+            write(&mut whole).expect("there is room");
+            assert!(whole.calls >= 3, "{} calls", whole.calls);
+            for left in 0..whole.calls {
+                match write(&mut Full { left, calls: 0 }) {
+                    Err(FormatError::Io { error, .. }) => assert_eq!(error.kind(), std::io::ErrorKind::StorageFull),
+                    other => panic!("call {left}: {other:?}"),
+                }
+            }
+        }
+    }
 }
