@@ -46,6 +46,8 @@ mod figures {
     #[path = "../../tests/soak/mod.rs"]
     pub mod soak;
     pub mod spawn;
+    #[cfg(unix)]
+    pub mod store;
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod tiny_guest;
@@ -84,6 +86,18 @@ macro_rules! linux {
     };
 }
 
+/// A figure of durable disks: skipped, aloud, where there are none.
+#[cfg(unix)]
+macro_rules! unix {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(unix))]
+macro_rules! unix {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("durable disks are for Unix only"))
+    };
+}
+
 /// A figure with a hypervisor: skipped, aloud, where there is none.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 macro_rules! kvm {
@@ -117,9 +131,12 @@ const FIGURES: &[Figure] = &[
     Figure { name: "shell-pause", what: "KVM: the parent's pause in a first fork", run: kvm!(shells::pause) },
     Figure { name: "shell-spawn", what: "KVM: a clone in a shell to its first instruction", run: kvm!(shells::spawn) },
     Figure { name: "live", what: "the parent's pause in a re-fork, its guest writing on", run: kvm!(live::live) },
+    Figure { name: "live-kvm", what: "the same, the guest writing from a vCPU", run: kvm!(live::live_kvm) },
     Figure { name: "heap-fork", what: "heap face: fork of a space with a few dirty pages", run: figures::heap::fork },
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
+    Figure { name: "durable", what: "durable disks: random 4 KiB requests", run: unix!(store::requests) },
+    Figure { name: "durable-clone", what: "durable disks: a clone, and verifying a layer", run: unix!(store::clones) },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },

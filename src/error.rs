@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::admission::AdmissionError;
-use crate::page::{ByteSize, GeometryError, PageCount, PageSize};
+use crate::page::{ByteOffset, ByteSize, GeometryError, PageCount, PageIndex, PageSize};
 
 /// What can go wrong with a space (a VM's RAM, or one disk) and its pages. The space is as it was before the call.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -91,6 +91,9 @@ pub enum SpaceError {
     /// A system call failed.
     #[error(transparent)]
     System(#[from] SystemError),
+    /// A file of a durable disk failed, or is not what it must be.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// Two images or spaces that are not relatives, or not of one shape.
     #[error("{0}")]
     Unrelated(&'static str),
@@ -119,6 +122,112 @@ pub enum ImageError {
     /// It could not be opened or read.
     #[error("image could not be read: {0}")]
     Io(#[source] Arc<std::io::Error>),
+}
+
+/// What can go wrong with the files of a durable disk. `file` is a name within the disk's directory.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The file system is full, or a quota is.
+    #[error("{file}: {call}: no space left: free some and try again, what was acknowledged is safe")]
+    NoSpace {
+        /// The file.
+        file: Arc<str>,
+        /// What was being done.
+        call: &'static str,
+    },
+    /// The medium or the system refused.
+    #[error("{file}: {call}: {error}")]
+    Io {
+        /// The file.
+        file: Arc<str>,
+        /// What was being done.
+        call: &'static str,
+        /// What the system said.
+        error: Arc<std::io::Error>,
+    },
+    /// A sync failed earlier. What was written since the last good one may be lost whatever later syncs say.
+    #[error(
+        "{file}: a sync failed, nothing written since the last good flush is durable: drop the disk and open it again"
+    )]
+    SyncFailed {
+        /// The file.
+        file: Arc<str>,
+    },
+    /// Somebody else has it open.
+    #[error("{file} is in use by somebody else, in this process or another: close it there first")]
+    InUse {
+        /// The file.
+        file: Arc<str>,
+    },
+    /// It is not there.
+    #[error("{file} is missing: restore it, or delete what depends on it")]
+    Missing {
+        /// The file.
+        file: Arc<str>,
+    },
+    /// It is there already.
+    #[error("{file} exists already: pick another name")]
+    Exists {
+        /// The file.
+        file: Arc<str>,
+    },
+    /// Its metadata are not what was written.
+    #[error("{file} is damaged at byte {at}: {what}: restore it from a copy, or repair it")]
+    Damaged {
+        /// The file.
+        file: Arc<str>,
+        /// What is wrong.
+        what: &'static str,
+        /// Where.
+        at: ByteOffset,
+    },
+    /// A page of a sealed layer does not match its checksum.
+    #[error("page {page} of {file} does not match its checksum: restore the layer from a copy")]
+    DamagedPage {
+        /// The layer's file.
+        file: Arc<str>,
+        /// The page of the disk.
+        page: PageIndex,
+    },
+    /// It was marked as corrupt: it can be read, and not written.
+    #[error("{file} is marked as corrupt: open it read-only and copy what is needed, or repair it")]
+    MarkedCorrupt {
+        /// The file.
+        file: Arc<str>,
+    },
+    /// A newer version wrote it, with something that this one does not know.
+    #[error("{file} uses version {version}, features {features:#x}, which this version cannot {what}: use a newer one")]
+    Unknown {
+        /// The file.
+        file: Arc<str>,
+        /// Its version.
+        version: u32,
+        /// The feature bits that are not known.
+        features: u64,
+        /// `read` or `write`.
+        what: &'static str,
+    },
+    /// A number in it is over a limit.
+    #[error("{file}: {found} {what}, the limit is {limit}")]
+    Limit {
+        /// The file.
+        file: Arc<str>,
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        found: u64,
+        /// How many are allowed.
+        limit: u64,
+    },
+    /// The layers do not fit together.
+    #[error("{file}: {what}")]
+    Chain {
+        /// The file.
+        file: Arc<str>,
+        /// What does not fit.
+        what: &'static str,
+    },
 }
 
 /// A system call that the engine needs was refused. `call` names it.

@@ -68,9 +68,10 @@
 //!
 //! # What it does not do
 //!
-//! It contains no hypervisor, device model or network; it does not migrate between hosts; overlays do not survive the process. Feature
-//! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `imago` reads
-//! and writes disk images, feature `testing`
+//! It contains no hypervisor, device model or network; it does not migrate between hosts; RAM does not survive the process, disks of
+//! [`store`] do. Feature
+//! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `nbd` serves
+//! disks to hypervisors over the Network Block Device protocol, feature `imago` reads and writes disk images, feature `testing`
 //! has the conformance suite for backings of your own.
 
 mod account;
@@ -84,6 +85,8 @@ pub mod image;
 mod overlay;
 pub mod page;
 pub mod ram;
+#[cfg(unix)]
+pub mod store;
 mod sync;
 mod sys;
 #[cfg(any(test, feature = "testing"))]
@@ -93,7 +96,7 @@ mod vm;
 pub use account::{Limits, TreeUsage, Usage};
 pub use admission::{Admission, AdmissionError, HostCheck, MemoryLimit};
 pub use backing::{Prefault, Prefaulted, Tree, WorkingSet};
-pub use error::{ImageError, SpaceError, SystemError};
+pub use error::{ImageError, SpaceError, StoreError, SystemError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::Relocate;
 pub use vm::{

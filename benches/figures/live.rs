@@ -48,9 +48,15 @@ struct Case {
     ways: [Way; 2],
 }
 
-pub fn live(effort: &Effort, report: &mut Report) -> Outcome {
+/// RAM, and what is written of it.
+fn sizes(effort: &Effort) -> Result<(ByteSize, ByteSize), Skip> {
     let (ram, written) = effort.pick((ByteSize::mib(256), ByteSize::mib(8)), (ByteSize::gib(1), ByteSize::mib(30)));
     needs_memory(ByteSize::new(3 * ram.get()))?;
+    Ok((ram, written))
+}
+
+pub fn live(effort: &Effort, report: &mut Report) -> Outcome {
+    let (ram, written) = sizes(effort)?;
     let together = Dirty::Together(written);
     let case = |name: &str, dirty, ways| Case { name: format!("{}, {name}", size_name(written)), dirty, ways };
     let in_place = [Way::Stop, Way::Live];
@@ -61,13 +67,21 @@ pub fn live(effort: &Effort, report: &mut Report) -> Outcome {
     ] {
         measure(effort, report, ram, &case, None)?;
     }
+    Ok(())
+}
+
+/// The same with the guest in a vCPU.
+pub fn live_kvm(effort: &Effort, report: &mut Report) -> Outcome {
+    let (ram, written) = sizes(effort)?;
+    let together = Dirty::Together(written);
+    let in_place = [Way::Stop, Way::Live];
     let host = KvmHost::open().map_err(|error| Skip::new(error.to_string()))?;
     let moving = [Way::Moving, Way::LiveMoving];
     for case in [
-        case("KVM", together, in_place),
-        case("KVM", together, moving),
-        Case { name: "nothing dirty, KVM".into(), dirty: Dirty::Nothing, ways: in_place },
-        Case { name: "nothing dirty, KVM".into(), dirty: Dirty::Nothing, ways: moving },
+        Case { name: size_name(written), dirty: together, ways: in_place },
+        Case { name: size_name(written), dirty: together, ways: moving },
+        Case { name: "nothing dirty".into(), dirty: Dirty::Nothing, ways: in_place },
+        Case { name: "nothing dirty".into(), dirty: Dirty::Nothing, ways: moving },
     ] {
         let pool = ShellPool::new(shape(&host, ram)?, PoolLimits { ready: 4, ..PoolLimits::default() })?;
         measure(effort, report, ram, &case, Some((&host, &pool)))?;
@@ -85,10 +99,12 @@ fn measure(effort: &Effort, report: &mut Report, ram: ByteSize, case: &Case, kvm
     for (at, &way) in case.ways.iter().enumerate() {
         // The first forks are of another kind, and not counted: from here on it is a VM that has been forked this way.
         subjects[at].fork(Way::Stop)?;
-        subjects[at].touch();
+        subjects[at].touch_from_inside();
         subjects[at].fork(way)?;
     }
-    for run in 0..effort.pick(5, 100) {
+    // Forks of scattered pages have layers merged after each, which is waited for.
+    let runs = if matches!(case.dirty, Dirty::Every(..)) { effort.pick(3, 20) } else { effort.pick(5, 100) };
+    for run in 0..runs {
         for (at, &way) in case.ways.iter().enumerate() {
             if let Some((_, pool)) = kvm {
                 pool.wait_filled()?;
@@ -125,6 +141,25 @@ fn measure(effort: &Effort, report: &mut Report, ram: ByteSize, case: &Case, kvm
         row(format!("{name}, p99"), tails, goals[1]);
     }
     row(format!("{name}, the engine's cut"), [stats(cut, &timings), stats(cut, &base)], Goal::None);
+    // What the rounds after the first found is what was written during the fork.
+    let pages = |timings: &ForkTimings| {
+        timings.precopy.map_or((0, 0), |precopy| {
+            let again: u64 = precopy.rounds().iter().skip(1).map(|round| round.pages.get()).sum();
+            (again, precopy.last.pages.get())
+        })
+    };
+    let mut count = |what: &str, of: &dyn Fn((u64, u64)) -> u64| {
+        let counts = timings.iter().map(|timings| of(pages(timings)) as f64).collect();
+        report.row(&Row {
+            case: format!("{name}, pages {what}"),
+            unit: Unit::Count,
+            stats: Stats::of(counts),
+            baseline: None,
+            goal: Goal::None,
+        });
+    };
+    count("written meanwhile", &|(again, last)| again + last);
+    count("left for the pause", &|(_, last)| last);
     Ok(())
 }
 
@@ -133,8 +168,8 @@ impl Dirty {
     pub fn pages(self, ram: ByteSize, run: u64) -> (u64, u64, u64) {
         let pages = ram.get() / PAGE;
         match self {
-            // Below the quarter that the writer goes on in.
-            Self::Together(len) => (run * 1000 % (pages / 2), 1, len.get() / PAGE),
+            // Above the guest's program, and below the quarter that the writer goes on in.
+            Self::Together(len) => (256 + run * 1000 % (pages / 2), 1, len.get() / PAGE),
             // The same pages each time, or the layers would soon need more mappings than there are.
             Self::Every(step, len) => (256, step, (len.get() / PAGE).min(pages * 3 / 4 / step - 256)),
             Self::Nothing => (0, 1, 0),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
@@ -154,11 +154,18 @@ impl<'p> Subject<'p> {
                 let vcpu = &machine.vcpus()[0];
                 vcpu.set_cpuid2(host.supported_cpuid())?;
                 let mut sregs = vcpu.get_sregs()?;
-                for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
-                    (segment.base, segment.limit, segment.g, segment.db, segment.s) = (0, u32::MAX, 1, 1, 1);
-                    (segment.selector, segment.type_, segment.present) = (0x10, 3, 1);
-                }
-                (sregs.cs.selector, sregs.cs.type_) = (8, 11);
+                let flat = |selector, type_| kvm_segment {
+                    limit: u32::MAX,
+                    selector,
+                    type_,
+                    present: 1,
+                    db: 1,
+                    s: 1,
+                    g: 1,
+                    ..Default::default()
+                };
+                let data = flat(0x10, 3);
+                (sregs.cs, sregs.ds, sregs.es, sregs.ss) = (flat(8, 11), data, data, data);
                 sregs.cr0 |= 1;
                 vcpu.set_sregs(&sregs)?;
                 let plan = MachinePlan::read(host, machine.vcpus(), DEVICES)?;
@@ -177,14 +184,22 @@ impl<'p> Subject<'p> {
         Ok(Self { vm, ram, shared, plan, pool: kvm.map(|(_, pool)| pool), thread: Some(thread) })
     }
 
-    /// The guest reads every page: page tables are full, the hypervisor's too.
+    /// Reads every page, so that this process's page tables are full.
     pub fn touch(&self) {
+        Cpu::Host(self.vm.ram().clone()).access(READS_AT, 0, 1, self.ram.get() / PAGE, 0);
+    }
+
+    /// The same by the guest, so that the hypervisor's are.
+    pub fn touch_from_inside(&self) {
         self.shared.take().access(READS_AT, 0, 1, self.ram.get() / PAGE, 0);
     }
 
     pub fn dirty(&self, dirty: Dirty, run: u64) {
         let (first, step, count) = dirty.pages(self.ram, run);
-        self.shared.take().access(WRITES_AT, first, step, count, run << 8);
+        self.shared.take().access(WRITES_AT, first, step, count, run + 1);
+        // A guest that went astray would look fast.
+        let last = GuestAddress::new((first + step * count.saturating_sub(1)) * PAGE);
+        assert!(count == 0 || self.vm.ram().load::<u32>(last).is_ok_and(|word| u64::from(word) == run + 1));
     }
 
     /// Forks, the guest writing from a little before to a little after.

@@ -4,6 +4,7 @@
 
 pub mod disk_model;
 pub mod held;
+pub mod patched;
 pub mod peak;
 
 use std::sync::Arc;

@@ -8,11 +8,12 @@ mod erased;
 
 pub(crate) use erased::{AnySealed, AnySpace};
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
 use crate::account::Usage;
-use crate::backing::{Backing, Heap, Tree};
+use crate::backing::{Backing, Extent, Heap, Tree};
 use crate::error::SpaceError;
 use crate::gate::{Entered, FreezeGate};
 use crate::image::Source;
@@ -122,6 +123,19 @@ impl Disk {
     /// Whether it may be written.
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// The backing under it, where it is a `B`: what only that kind can be asked, such as the name of a durable disk.
+    ///
+    /// ```
+    /// use offshoot::{Tree, backing::Heap, disk::{Access, Disk}, page::SectorCount};
+    /// let disk = Disk::blank(&Tree::default(), SectorCount::new(8), Access::ReadWrite)?;
+    /// assert!(disk.backing::<Heap>().is_some());
+    /// # Ok::<(), offshoot::disk::DiskError>(())
+    /// ```
+    pub fn backing<B: Backing>(&self) -> Option<&B> {
+        let any: &dyn Any = &*self.space;
+        any.downcast_ref()
     }
 
     pub(crate) fn space(&self) -> &dyn AnySpace {
@@ -261,6 +275,27 @@ impl Disk {
     /// As [`Backing::dirty`].
     pub fn dirty(&self) -> Result<PageSet, SpaceError> {
         self.space.dirty()
+    }
+
+    /// The same, of some pages only.
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    pub fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        self.space.dirty_in(range)
+    }
+
+    /// What pages are made of, in ascending extents.
+    ///
+    /// # Errors
+    /// As [`Backing::allocation`].
+    pub fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        self.space.allocation(range)
+    }
+
+    /// The unit of [`Disk::dirty`] and [`Disk::allocation`].
+    pub fn page_size(&self) -> PageSize {
+        self.space.geometry().page_size()
     }
 }
 

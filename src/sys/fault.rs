@@ -26,6 +26,15 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
+    #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "only that front end makes it"))]
+    Poll,
+    Fdatasync,
+    Fsync,
+    Flock,
+    Fadvise,
+    Rename,
+    Unlink,
+    Readdir,
     /// Any call on a KVM machine that makes a part of it ahead of need, moves its registers or reads its log.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
@@ -54,6 +63,14 @@ impl Call {
             Self::UffdRegister => "ioctl(UFFDIO_REGISTER)",
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
+            Self::Poll => "poll",
+            Self::Fdatasync => "fdatasync",
+            Self::Fsync => "fsync",
+            Self::Flock => "flock",
+            Self::Fadvise => "posix_fadvise",
+            Self::Rename => "rename",
+            Self::Unlink => "unlink",
+            Self::Readdir => "readdir",
             Self::Kvm => "ioctl(KVM)",
         }
     }

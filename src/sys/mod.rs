@@ -6,13 +6,17 @@
 //! overlays, fork points or VMs.
 //!
 //! The mapped backing exists on 64-bit Linux (x86-64 and AArch64) with 4 KiB host pages. Elsewhere only
-//! [`entropy`], [`headroom`] (which knows nothing there), [`image_map`] and [`volatile`] are compiled.
+//! [`disk_file`] (any Unix), [`entropy`], [`headroom`] (which knows nothing there), [`image_map`] and [`volatile`] are compiled.
 
+#[cfg(unix)]
+pub(crate) mod disk_file;
 pub(crate) mod entropy;
 pub(crate) mod fault;
 pub(crate) mod headroom;
 pub(crate) mod image_map;
 pub(crate) mod volatile;
+#[cfg(all(feature = "nbd", unix))]
+pub(crate) mod wait;
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod access;

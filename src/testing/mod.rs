@@ -17,6 +17,8 @@
 //! Nothing here is compiled into a crate that does not ask for it. Must not be used by anything else in `src/`.
 
 pub mod conformance;
+#[cfg(unix)]
+pub mod crash;
 mod dice;
 #[cfg(unix)]
 pub mod faults;
