@@ -232,7 +232,7 @@ impl Cut for MappedCut<'_> {
         let state = &mut *self.state;
         state.table_bytes = 0;
         state.view = View::Private;
-        let old = replace(&mut state.origin, self.sealed.clone());
+        let old = (replace(&mut state.origin, self.sealed.clone()), state.second.take());
         let due = self.sealed.due();
         let deferred = match replace(&mut self.step, Step::Done) {
             Step::First { aside, layer } => {
@@ -267,10 +267,6 @@ impl Cut for MappedCut<'_> {
 }
 
 impl State {
-    fn budget(&self) -> u64 {
-        self.origin.tree().limits().mappings_per_vm
-    }
-
     /// Whether layers can be laid over pages without more mappings than this VM may have.
     pub(super) fn can_lay(&self, pages: &PageSet) -> bool {
         self.mapping.kernel_mappings().saturating_add(2 * pages.runs().len() as u64) <= self.budget()
