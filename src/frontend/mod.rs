@@ -3,5 +3,7 @@
 
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
+#[cfg(all(feature = "nbd", unix))]
+pub mod nbd;
 #[cfg(all(feature = "vm-memory", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub mod vm_memory;
