@@ -288,6 +288,11 @@ pub trait Sealed: Source + Clone + fmt::Debug {
         0
     }
 
+    /// Pages that [`Backing::prefault`] makes private in a live space over this image, for admission to count. None, unless the backing maps ahead.
+    fn prefault_copies(&self, _prefault: &Prefault) -> PageCount {
+        PageCount::ZERO
+    }
+
     /// The pages in which the two images may differ: those that either side's ancestors wrote since they parted. Costs by what
     /// changed. Exact up to pages that were written back to what they were, and up to clean pages which a backing
     /// has copied along with written ones.
