@@ -285,6 +285,11 @@ impl Client {
         }
     }
 
+    /// The connection, for requests and replies by hand.
+    pub fn into_stream(self) -> Stream {
+        self.stream
+    }
+
     /// Sends a request; returns what its reply will be called.
     pub fn request(&mut self, flags: u16, kind: u16, offset: u64, len: u32, payload: &[u8]) -> io::Result<u64> {
         let cookie = self.next;
