@@ -112,9 +112,13 @@ fn prefaulted_clones_are_equal_to_others<B: Backing>() {
 fn a_set_of_another_vm_is_refused<B: Backing>() {
     let (tree, vm, _guest, point) = point::<B>(Limits::default());
     let before = tree.usage();
-    for set in
-        [WorkingSet::new(pages([RAM_PAGES]), PageSet::new()), WorkingSet::new(PageSet::new(), pages([1, RAM_PAGES]))]
-    {
+    let everything = PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(u64::MAX));
+    for set in [
+        WorkingSet::new(pages([RAM_PAGES]), PageSet::new()),
+        WorkingSet::new(PageSet::new(), pages([1, RAM_PAGES])),
+        WorkingSet::new(pages([3, u64::MAX - 1]), pages([0])),
+        WorkingSet::new(PageSet::from(everything), PageSet::new()),
+    ] {
         match point.spawn(prefaulting(set, u64::MAX)) {
             Err(SpawnError::Space(SpaceError::Geometry(_))) => {}
             // Nothing is mapped ahead, so nothing can be out of range.

@@ -1,6 +1,8 @@
 //! Front ends: what lets a particular hypervisor or library use the engine. Each is thin and behind a feature; the
 //! engine knows none of them.
 
+#[cfg(all(feature = "imago", unix))]
+pub mod formats;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 #[cfg(all(feature = "nbd", unix))]

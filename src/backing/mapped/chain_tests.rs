@@ -524,3 +524,25 @@ fn a_cut_is_one_instant_where_write_protection_is_missing() {
     }
     assert!(fell_back > 0, "write protection was never missing");
 }
+
+/// Pages that a cut left private because layers could not be laid over them cannot be laid one by one at a reset either.
+#[test]
+fn a_listed_reset_of_scattered_pages_stays_within_the_mappings() {
+    let tree = Tree::new(Limits { mappings_per_vm: 16, ..Limits::default() });
+    let parent = space(&tree, 512);
+    cut(&parent);
+    let scattered = || (0..512).step_by(8);
+    scattered().for_each(|page| parent.write(at(page), &[2]).unwrap());
+    cut(&parent);
+    scattered().for_each(|page| parent.write(at(page), &[3]).unwrap());
+    let listed: PageSet = scattered().map(PageIndex::new).collect();
+    assert_eq!(parent.reset_listed(&listed).unwrap().get(), 64);
+    assert!(parent.kernel_mappings() <= 16, "{} mappings", parent.kernel_mappings());
+    assert!(parent.dirty().unwrap().is_empty());
+    parent.validate().unwrap();
+    for page in 0..512 {
+        let mut byte = [0];
+        parent.read(at(page), &mut byte).unwrap();
+        assert_eq!(byte[0], if page % 8 == 0 { 2 } else { 0 }, "page {page}");
+    }
+}
