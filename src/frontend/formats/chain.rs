@@ -232,3 +232,18 @@ pub(super) fn library_error(path: &Path, error: std::io::Error) -> FormatError {
     }
     FormatError::refused(path, Rule::Malformed(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_the_library_is_an_error_that_says_what() {
+        let path = Path::new("image");
+        let short = guarded(path, || -> () { panic!("why") });
+        assert!(matches!(short, Err(FormatError::Fault { what, .. }) if what == "why"));
+        let made = guarded(path, || -> () { panic!("{}", 7) });
+        assert!(matches!(made, Err(FormatError::Fault { what, .. }) if what == "7"));
+        assert_eq!(guarded(path, || 3).expect("no panic"), 3);
+    }
+}
