@@ -60,7 +60,7 @@ pub fn pause(effort: &Effort, report: &mut Report) -> Outcome {
             }
             let [shell, in_place] = round.run();
             let moves = moves.take();
-            let stages: [(&str, fn(&ForkTimings) -> Duration); 4] = [
+            let stages: [(&str, StageOf); 4] = [
                 ("bring to rest", |fork| fork.pause),
                 ("capture", |fork| fork.save),
                 ("seal and map", |fork| fork.cut),
@@ -94,6 +94,9 @@ pub fn pause(effort: &Effort, report: &mut Report) -> Outcome {
     }
     Ok(())
 }
+
+/// One stage of a fork's time.
+type StageOf = fn(&ForkTimings) -> Duration;
 
 #[derive(Clone, Copy)]
 enum Way {
