@@ -68,12 +68,6 @@ pub struct Player {
     pub wrote: Option<CloneName>,
 }
 
-pub fn read_image(image: &dyn Source) -> Vec<u8> {
-    let mut bytes = vec![0xa5; image.len().get() as usize];
-    image.read(ByteOffset::ZERO, &mut bytes).expect("it can be read");
-    bytes
-}
-
 pub fn read_disk(disk: &Durable) -> Vec<u8> {
     let mut bytes = vec![0xa5; Backing::geometry(disk).len().get() as usize];
     disk.read(ByteOffset::ZERO, &mut bytes).expect("it can be read");
@@ -81,13 +75,17 @@ pub fn read_disk(disk: &Durable) -> Vec<u8> {
 }
 
 /// Everything that a store holds.
-pub fn contents(store: &CloneStore) -> Result<BTreeMap<CloneName, (Kind, Vec<u8>)>, CloneError> {
+pub fn contents(store: &CloneStore) -> Result<BTreeMap<CloneName, (Kind, Vec<u8>)>, String> {
     let mut found = BTreeMap::new();
-    for info in store.list()? {
-        assert_eq!(info.health, Health::Whole, "{}", info.name);
-        let image = store.open_image(&info.name)?;
-        image.validate().expect("the tables agree");
-        found.insert(info.name, (info.kind, read_image(&image)));
+    for info in store.list().map_err(|error| error.to_string())? {
+        if info.health != Health::Whole {
+            return Err(format!("{} is {:?}", info.name, info.health));
+        }
+        let image = store.open_image(&info.name).map_err(|error| format!("{}: {error}", info.name))?;
+        image.validate()?;
+        let mut bytes = vec![0xa5; image.len().get() as usize];
+        image.read(ByteOffset::ZERO, &mut bytes).map_err(|error| format!("{}: {error}", info.name))?;
+        found.insert(info.name, (info.kind, bytes));
     }
     Ok(found)
 }
@@ -227,7 +225,8 @@ impl Player {
         self.wrote = Some(clone.clone());
         let flat = after.get_mut(clone).expect("it is there");
         let disk = self.store.open_disk(clone)?;
-        for _ in 0..dice.below(4) + 1 {
+        // One write for one flush: what a kill leaves is old or new, and nothing in between.
+        {
             let sectors = flat.now.len() as u64 / 512;
             if dice.below(4) == 0 {
                 let first = dice.below(sectors / 8);

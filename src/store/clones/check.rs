@@ -4,8 +4,9 @@
 //! bytes are wrong, or that is missing, is for its owner to bring back.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use super::catalogue::FILE;
+use super::catalogue::{Catalogue, Change, FILE};
 use super::layers::{closure, files_of, pages_of, record_of};
 use super::record::LayerRecord;
 use super::{CloneError, CloneName, CloneStore};
@@ -14,7 +15,7 @@ use crate::page::PageSet;
 use crate::store::file;
 use crate::store::id::{DISK, DiskId, LAYER, LayerId, OVERLAY, PARTIAL};
 use crate::store::layer::{Body, Layer};
-use crate::store::medium::Sharing;
+use crate::store::medium::{Medium, Sharing};
 use crate::store::sealed::Progress;
 
 /// One thing that is wrong with a store.
@@ -114,8 +115,8 @@ impl CloneStore {
         problems.extend(
             unfinished.into_iter().filter(|file| names.contains(file)).map(|file| Problem::Unfinished { file }),
         );
-        drop(catalogue);
-        problems.extend(self.orphans()?.into_iter().map(|file| Problem::Orphan { file }));
+        drop(walked);
+        problems.extend(self.orphans(&catalogue)?.into_iter().map(|(file, _)| Problem::Orphan { file }));
         Ok(problems)
     }
 
@@ -166,13 +167,18 @@ impl CloneStore {
     /// [`CloneError::Catalogue`], or what the system says; what was removed until then stays removed.
     pub fn repair(&self) -> Result<Repaired, CloneError> {
         let _alone = self.0.making.write();
-        let mut repaired = Repaired { removed: self.remove_unnamed(&mut self.0.catalogue.lock())?, kept: Vec::new() };
-        let orphans = self.orphans()?;
-        let is_broken = self.walk(&self.0.catalogue.lock())?.0.values().any(|walked| {
+        let mut catalogue = self.0.catalogue.lock();
+        let mut change = Change::default();
+        self.sweep(&catalogue, &mut change)?;
+        if !change.layers.is_empty() {
+            catalogue.apply(&change)?;
+        }
+        let mut repaired = Repaired { removed: self.remove_unnamed(&mut catalogue)?, kept: Vec::new() };
+        let is_broken = self.walk(&catalogue)?.0.values().any(|walked| {
             let is_damaged = matches!(&walked.head, Err(error) if !matches!(error, StoreError::InUse { .. }));
             is_damaged || walked.chain.broken
         });
-        for file in orphans {
+        for (file, _held) in self.orphans(&catalogue)? {
             if is_broken && !file.ends_with(PARTIAL) {
                 repaired.kept.push(file);
                 continue;
@@ -184,9 +190,18 @@ impl CloneStore {
         Ok(repaired)
     }
 
-    /// Files of the store that nothing needs and nobody has open. The caller keeps others from making any.
-    fn orphans(&self) -> Result<Vec<String>, CloneError> {
-        let (walked, rows, names) = self.walk(&self.0.catalogue.lock())?;
+    /// Files of the store that nothing needs, held so that nobody opens them. The caller keeps others from making any.
+    fn orphans(&self, catalogue: &Catalogue) -> Result<Vec<(String, Arc<dyn Medium>)>, CloneError> {
+        // Held before heads are asked again: a disk that was open at first, and is closed now, has named what it wrote in between.
+        let first = self.not_needed(catalogue)?;
+        let held = first.into_iter().filter_map(|name| Some((self.folder().open(&name, Sharing::Alone).ok()?, name)));
+        let held: Vec<_> = held.map(|(medium, name)| (name, medium)).collect();
+        let still = self.not_needed(catalogue)?;
+        Ok(held.into_iter().filter(|(name, _)| still.contains(name)).collect())
+    }
+
+    fn not_needed(&self, catalogue: &Catalogue) -> Result<BTreeSet<String>, CloneError> {
+        let (walked, rows, names) = self.walk(catalogue)?;
         let mut needed: BTreeSet<String> = BTreeSet::from([FILE.to_owned()]);
         let tops = walked.values().flat_map(|walked| {
             let origin = walked.record.origin;
@@ -196,9 +211,7 @@ impl CloneStore {
             needed.extend(files_of(id));
         }
         needed.extend(walked.values().map(|walked| crate::store::head::file_name(walked.record.disk).to_string()));
-        let orphans = names.into_iter().filter(|name| !needed.contains(name) && is_one_of_ours(name));
-        // Somebody may be at work in it: a disk that was forked and has no name yet.
-        Ok(orphans.filter(|name| self.folder().open(name, Sharing::Alone).is_ok()).collect())
+        Ok(names.into_iter().filter(|name| !needed.contains(name) && is_one_of_ours(name)).collect())
     }
 }
 

@@ -119,6 +119,7 @@ impl CloneStore {
         self.check_free(&catalogue, name)?;
         let held = self.hold(&catalogue, source, Hold::Briefly)?;
         let top = held.top();
+        self.check_whole(&catalogue, source, top)?;
         self.freeze(top).map_err(|error| self.told(&catalogue, source, top, error.into()))?;
         let record = self.new_record(kind, top, held.record.pages)?;
         self.name_layer(&mut catalogue, name, record)

@@ -85,7 +85,9 @@ impl CloneStore {
     /// # Errors
     /// [`CloneError::Catalogue`], or what the system says. What is wrong with a name is in its [`Health`].
     pub fn list(&self) -> Result<Vec<CloneInfo>, CloneError> {
-        let walked = self.walk(&self.0.catalogue.lock())?.0;
+        // Locked for as long as heads are open here: nobody must find them in use.
+        let catalogue = self.0.catalogue.lock();
+        let walked = self.walk(&catalogue)?.0;
         Ok(walked.into_iter().map(|(name, walked)| info(name, &walked)).collect())
     }
 

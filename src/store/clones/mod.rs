@@ -55,7 +55,7 @@ pub use error::CloneError;
 pub use list::{CloneInfo, Health, SpaceUsed};
 pub use record::{CloneName, Kind};
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::catalogue::{Catalogue, Change};
 use self::layers::{chain, closure, files_of, rows_for};
-use self::record::CloneRecord;
+use self::record::{CloneRecord, LayerRecord};
 use super::directory::DiskDir;
 use super::durable::Durable;
 use super::file;
@@ -72,7 +72,7 @@ use super::head::{self, Head};
 use super::id::{DiskId, LayerId};
 use super::image::DurableImage;
 use super::layer::{Body, Layer};
-use super::medium::{Folder, SystemFolder};
+use super::medium::{Folder, Sharing, SystemFolder};
 use super::overlay::Overlay;
 use super::record::Purpose;
 use crate::backing::Tree;
@@ -105,6 +105,8 @@ struct Inner {
     catalogue: Mutex<Catalogue>,
     /// Held shared by whoever makes files that no row names yet, alone by whoever removes such files. Taken before the catalogue.
     making: RwLock<()>,
+    /// A layer had no file when the store was opened: others are looked for before a clone is made.
+    some_missing: bool,
 }
 
 /// A row and, where the disk has one, its head: nobody else has it open.
@@ -172,8 +174,15 @@ impl CloneStore {
     /// As [`CloneStore::open`].
     pub fn over(folder: Arc<dyn Folder>, options: StoreOptions) -> Result<Self, CloneError> {
         let catalogue = Catalogue::open(&*folder)?;
+        let names: BTreeSet<String> = {
+            let names = folder.names().map_err(|error| file::error(&"the directory".into(), "list", error))?;
+            names.into_iter().collect()
+        };
+        let is_missing = |id: &LayerId| !files_of(*id).iter().any(|file| names.contains(file));
+        let some_missing = catalogue.layers()?.keys().any(is_missing);
         let dir = DiskDir::over(folder, &options.tree);
-        let store = Self(Arc::new(Inner { dir, catalogue: Mutex::new(catalogue), making: RwLock::new(()) }));
+        let catalogue = Mutex::new(catalogue);
+        let store = Self(Arc::new(Inner { dir, catalogue, making: RwLock::new(()), some_missing }));
         store.remove_unnamed(&mut store.0.catalogue.lock())?;
         Ok(store)
     }
@@ -277,6 +286,15 @@ impl CloneStore {
         error.into()
     }
 
+    /// Refuses to build on a layer that was missing when the store was opened.
+    fn check_whole(&self, catalogue: &Catalogue, name: &CloneName, top: Option<LayerId>) -> Result<(), CloneError> {
+        if !self.0.some_missing {
+            return Ok(());
+        }
+        let missing = chain(self.folder(), &catalogue.layers()?, &self.names()?, top).missing;
+        if missing.is_empty() { Ok(()) } else { Err(CloneError::Degraded { name: name.clone(), missing }) }
+    }
+
     fn names(&self) -> Result<BTreeSet<String>, CloneError> {
         let names = self.folder().names();
         Ok(names.map_err(|error| file::error(&"the directory".into(), "list", error))?.into_iter().collect())
@@ -317,20 +335,55 @@ impl CloneStore {
         }
         rows.extend(change.layers.iter().filter_map(|(id, record)| Some((*id, (*record)?))));
         let named = clones.values().flat_map(|record| [record.top, record.origin]).flatten();
-        let reached = closure(&rows, named);
+        let mut reached = closure(&rows, named);
         let names = self.names()?;
-        let mut remove = |name: String| {
-            if names.contains(&name) {
-                change.removals.push(name);
+        // Held before heads are asked: what nobody has open is named by now, or never will be. What somebody reads waits for the next time.
+        let candidates: Vec<LayerId> = rows.keys().filter(|id| !reached.contains(id)).copied().collect();
+        let mut free = Vec::new();
+        for id in candidates {
+            let files: Vec<_> = files_of(id).into_iter().filter(|file| names.contains(file)).collect();
+            let held: Vec<_> = files.iter().map(|file| self.folder().open(file, Sharing::Alone)).collect();
+            if held.iter().all(Result::is_ok) {
+                free.push((id, files, held));
             }
-        };
-        for id in rows.keys().filter(|id| !reached.contains(id)) {
-            change.layers.push((*id, None));
-            files_of(*id).into_iter().for_each(&mut remove);
+        }
+        if !free.is_empty() && !self.reach_from_heads(&clones, &rows, &names, &mut reached) {
+            // Nobody can say what a head leads to that cannot be read.
+            free.clear();
+        }
+        for (id, files, _held) in free.into_iter().filter(|(id, ..)| !reached.contains(id)) {
+            change.layers.push((id, None));
+            change.removals.extend(files);
         }
         let kept: BTreeSet<DiskId> = clones.values().map(|record| record.disk).collect();
-        disks.difference(&kept).for_each(|disk| remove(head::file_name(*disk).to_string()));
+        let heads = disks.difference(&kept).map(|disk| head::file_name(*disk).to_string());
+        change.removals.extend(heads.filter(|head| names.contains(head)));
         Ok(())
+    }
+
+    /// Adds the layers that heads lead to: a disk goes on over its own layers without the catalogue being told. Disks that are open hold theirs. Whether
+    /// every head could be read.
+    fn reach_from_heads(
+        &self,
+        clones: &BTreeMap<CloneName, CloneRecord>,
+        rows: &BTreeMap<LayerId, LayerRecord>,
+        names: &BTreeSet<String>,
+        reached: &mut BTreeSet<LayerId>,
+    ) -> bool {
+        for record in clones.values().filter(|record| names.contains(&*head::file_name(record.disk))) {
+            match Head::open(self.folder(), record.disk, Purpose::Read) {
+                Ok(head) => {
+                    let chain = chain(self.folder(), rows, names, head.top());
+                    if chain.broken {
+                        return false;
+                    }
+                    reached.extend(chain.layers);
+                }
+                Err(StoreError::InUse { .. }) => {}
+                Err(_) => return false,
+            }
+        }
+        true
     }
 
     /// Removes the files of which the catalogue says so.

@@ -28,7 +28,8 @@ struct Replaced {
 }
 
 impl CloneStore {
-    /// Deletes an image or a clone, in any order; layers that nothing else needs go with it. Works for a degraded one.
+    /// Deletes an image or a clone, in any order; layers that nothing else needs go with it, or later, where somebody reads them. Works for a degraded
+    /// one. Costs by the names and layers in the store.
     ///
     /// # Errors
     /// [`CloneError::Unknown`], [`CloneError::Open`], [`CloneError::Catalogue`].
@@ -256,6 +257,8 @@ impl CloneStore {
             (held, image)
         };
         let Some(replaced) = make(self, &held, &image)? else { return Ok(()) };
+        // What is read is not removed.
+        drop(image);
         let mut catalogue = self.0.catalogue.lock();
         // A clone is held by its head; an image is not, and a layer to lie on may have gone.
         if catalogue.clone(name)? != Some(held.record) {
