@@ -49,7 +49,7 @@ pub struct Admission {
     /// Memory that is to stay available, on the host and in the process's memory cgroup.
     pub spare_memory: ByteSize,
     /// What one clone is expected to write in its life. As long as the process has not grown by it, it is set aside. What else
-    /// the process comes to hold meanwhile is taken for what the clones wrote.
+    /// the process comes to hold while there are clones is taken for what they wrote.
     pub private_per_clone: ByteSize,
     /// Mappings that the embedder makes for each clone, such as one for each vCPU.
     pub mappings_per_clone: u64,
@@ -293,6 +293,13 @@ const BEFORE_A_REFUSAL: Duration = Duration::from_millis(10);
 const SHARE: u32 = 100;
 const SHARE_OF_REFUSALS: u32 = 10;
 
+/// What clones were expected to write when a look became due. It may be made a little later, when the next clones have been let in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Expected {
+    Nothing,
+    Something,
+}
+
 /// The last look.
 #[derive(Debug, Default)]
 struct Seen {
@@ -301,7 +308,7 @@ struct Seen {
     counted: [i64; 3],
     /// Of the memory that is expected to be written, what was not yet.
     owed: i64,
-    /// What the process held before anything was expected of it.
+    /// What the process holds besides what clones wrote: what it held when nothing was expected of any, or less, where it was seen with less.
     base: Option<ByteSize>,
     /// When the next is due, before a refusal.
     again: Duration,
@@ -346,6 +353,9 @@ impl Gate {
 
     /// Whether there is room for `needs`, of which nothing is counted.
     pub(crate) fn check(self: &Arc<Self>, needs: Needs) -> Result<(), AdmissionError> {
+        if self.rules.host == HostCheck::Off {
+            return Ok(());
+        }
         self.ask(needs, || match ALL.into_iter().find(|&what| !self.fits(what, needs, Meter::has_room_for)) {
             Some(short) => Err(short),
             None => Ok(()),
@@ -354,6 +364,10 @@ impl Gate {
 
     /// Counts `needs` if there is room: for a holder that gives it back.
     pub(crate) fn take(self: &Arc<Self>, needs: Needs) -> Result<(), AdmissionError> {
+        if self.rules.host == HostCheck::Off {
+            self.count(needs);
+            return Ok(());
+        }
         self.ask(needs, || {
             for (taken, what) in ALL.into_iter().enumerate() {
                 if !self.fits(what, needs, Meter::take) {
@@ -390,18 +404,20 @@ impl Gate {
         }
     }
 
+    fn expected(&self) -> Expected {
+        if self.meter(Limited::Memory).counted() > 0 { Expected::Something } else { Expected::Nothing }
+    }
+
     /// Asks by what was seen last, and before it says no, looks again.
     fn ask(self: &Arc<Self>, needs: Needs, room: impl Fn() -> Result<(), Limited>) -> Result<(), AdmissionError> {
-        if self.rules.host == HostCheck::On {
-            self.first.call_once(|| self.look(&mut self.seen.lock()));
-            self.look_if_due();
-        }
+        self.first.call_once(|| self.look(&mut self.seen.lock(), Expected::Nothing));
+        self.look_if_due();
         if room().is_ok() {
             return Ok(());
         }
         let mut seen = self.seen.lock();
         if self.view.now() >= seen.again {
-            self.look(&mut seen);
+            self.look(&mut seen, self.expected());
         }
         room().map_err(|short| self.word(&seen, short, needs))
     }
@@ -415,18 +431,19 @@ impl Gate {
         if now < due || self.due.compare_exchange(due, later, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
+        let expected = self.expected();
         if !self.view.may_be_asked_aside() {
-            return self.look(&mut self.seen.lock());
+            return self.look(&mut self.seen.lock(), expected);
         }
         let gate = self.clone();
-        let look = move || gate.look(&mut gate.seen.lock());
+        let look = move || gate.look(&mut gate.seen.lock(), expected);
         if let Err(error) = std::thread::Builder::new().name("offshoot-host".into()).spawn(look) {
             tracing::warn!(%error, "admission goes on with an old look at the host");
         }
     }
 
     /// Looks, and sets the ceilings.
-    fn look(&self, seen: &mut Seen) {
+    fn look(&self, seen: &mut Seen, expected: Expected) {
         let start = self.view.now();
         let marks = ALL.map(|what| self.meter(what).mark());
         let sample = self.view.look();
@@ -435,7 +452,11 @@ impl Gate {
             room.map_or(OPEN, |room| signed(room.limit) - signed(room.held) - signed(spare))
         };
         let grown = sample.anonymous.map_or(0, |now| {
-            let base = seen.base.get_or_insert(now);
+            let base = match expected {
+                Expected::Nothing => now,
+                Expected::Something => seen.base.map_or(now, |base| base.min(now)),
+            };
+            seen.base = Some(base);
             signed(now.get().saturating_sub(base.get()))
         });
         seen.owed = (marks[Limited::Memory as usize].counted - grown).max(0);

@@ -23,6 +23,8 @@ on_every_backing!(
     short_in_the_cgroup,
     what_is_expected_of_clones_is_set_aside,
     what_was_written_is_not_set_aside_twice,
+    what_others_came_to_hold_is_not_what_clones_wrote,
+    what_others_gave_back_is_not_set_aside,
     what_the_embedder_opens_for_each_counts,
     a_burst_between_two_looks_stays_below_the_ceiling,
     a_refusal_is_looked_up_again,
@@ -165,6 +167,48 @@ fn what_was_written_is_not_set_aside_twice<B: Backing>() {
     drop(clones);
 }
 
+fn what_others_came_to_hold_is_not_what_clones_wrote<B: Backing>() {
+    let host = FakeHost::new();
+    let set = |available, anonymous| {
+        host.set_available(ByteSize::mib(available), MemoryLimit::Host);
+        host.set_anonymous(ByteSize::mib(anonymous));
+        host.pass_time(WHILE);
+    };
+    set(1000, 50);
+    let (spare_memory, private_per_clone) = (ByteSize::mib(100), ByteSize::mib(90));
+    let admission = Admission { spare_memory, private_per_clone, ..Admission::default() };
+    let (_tree, _vm, _guest, point) = point_on::<B>(&host, admission);
+    drop(spawn(&point).unwrap());
+    // While no clone is alive, the process comes to hold more for itself.
+    set(650, 400);
+    let clones = fill(&point).0;
+    assert_eq!(clones.len(), 6);
+    // None of them has written anything.
+    host.pass_time(WHILE);
+    assert_eq!(fill(&point).0.len(), 0);
+    drop(clones);
+}
+
+fn what_others_gave_back_is_not_set_aside<B: Backing>() {
+    let host = FakeHost::new();
+    let set = |available, anonymous| {
+        host.set_available(ByteSize::mib(available), MemoryLimit::Host);
+        host.set_anonymous(ByteSize::mib(anonymous));
+        host.pass_time(WHILE);
+    };
+    set(1000, 800);
+    let (spare_memory, private_per_clone) = (ByteSize::mib(100), ByteSize::mib(90));
+    let admission = Admission { spare_memory, private_per_clone, ..Admission::default() };
+    let (_tree, _vm, _guest, point) = point_on::<B>(&host, admission);
+    let clones: Vec<_> = (0..6).map(|_| spawn(&point).unwrap()).collect();
+    set(1700, 100);
+    drop(spawn(&point).unwrap());
+    // They have written all of it.
+    set(1160, 640);
+    assert_eq!(fill(&point).0.len(), 11);
+    drop(clones);
+}
+
 fn what_the_embedder_opens_for_each_counts<B: Backing>() {
     let host = FakeHost::new();
     host.set_descriptors(100, 1024);
@@ -255,6 +299,13 @@ fn a_host_that_is_not_looked_at_refuses_nobody<B: Backing>() {
     assert_eq!((host.looks(), tree.usage().expected), (0, ByteSize::gib(1)));
     drop(clone);
     assert_eq!(tree.usage().expected, ByteSize::ZERO);
+    let (private_per_clone, most) = (ByteSize::new(u64::MAX), u64::MAX);
+    let absurd = Admission { private_per_clone, mappings_per_clone: most, descriptors_per_clone: most, ..admission };
+    let (tree, _vm, _guest, point) = point_on::<B>(&host, absurd);
+    let before = tree.usage();
+    let clones: Vec<_> = (0..9).map(|_| spawn(&point).unwrap()).collect();
+    drop(clones);
+    assert_eq!(tree.usage(), before);
 }
 
 fn clones_that_fail_count_for_nothing<B: Backing>() {

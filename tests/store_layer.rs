@@ -216,6 +216,23 @@ fn sealing_changes_nothing_that_anybody_reads() {
     assert!(states > 100, "{states} states");
 }
 
+/// What a crash left of a sealing is in nobody's way.
+#[test]
+fn a_layer_is_sealed_after_a_sealing_that_was_cut_off() {
+    let recorder = Recorder::new();
+    let disk = dir(&recorder).create(geometry(48), None).unwrap();
+    disk.write(ByteOffset::new(100), &[1; 20_000]).unwrap();
+    let image = disk.cut().unwrap().commit().0;
+    let name = format!("{}.layer", image.layer().unwrap().unwrap().id);
+    recorder.place(&format!("{name}.partial"), &[9; 5000]);
+    image.seal().unwrap();
+    let names = recorder.folder().names().unwrap();
+    assert!(names.contains(&name) && !names.iter().any(|name| name.ends_with("partial")), "{names:?}");
+    let (id, want) = (disk.id(), read_all(&disk).unwrap());
+    drop((disk, image));
+    assert!(read_all(&dir(&recorder).open_disk(id, None).unwrap()).unwrap() == want);
+}
+
 /// Merging writes one layer with what its layers say, zeroes over something included, and it opens as such.
 #[test]
 fn a_merged_image_opens_as_it_was() {

@@ -14,12 +14,7 @@ use offshoot::{
     Tree, Vm, VmName, WorkingSet,
 };
 
-on_every_backing!(
-    written_pages_are_in_it,
-    prefaulted_clones_are_equal_to_others,
-    a_set_of_another_vm_is_refused,
-    private_copies_are_let_in_like_writes,
-);
+on_every_backing!(written_pages_are_in_it, prefaulted_clones_are_equal_to_others, a_set_of_another_vm_is_refused,);
 
 fn pages(set: impl IntoIterator<Item = u64>) -> PageSet {
     set.into_iter().map(PageIndex::new).collect()
@@ -117,9 +112,13 @@ fn prefaulted_clones_are_equal_to_others<B: Backing>() {
 fn a_set_of_another_vm_is_refused<B: Backing>() {
     let (tree, vm, _guest, point) = point::<B>(Limits::default());
     let before = tree.usage();
-    for set in
-        [WorkingSet::new(pages([RAM_PAGES]), PageSet::new()), WorkingSet::new(PageSet::new(), pages([1, RAM_PAGES]))]
-    {
+    let everything = PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(u64::MAX));
+    for set in [
+        WorkingSet::new(pages([RAM_PAGES]), PageSet::new()),
+        WorkingSet::new(PageSet::new(), pages([1, RAM_PAGES])),
+        WorkingSet::new(pages([3, u64::MAX - 1]), pages([0])),
+        WorkingSet::new(PageSet::from(everything), PageSet::new()),
+    ] {
         match point.spawn(prefaulting(set, u64::MAX)) {
             Err(SpawnError::Space(SpaceError::Geometry(_))) => {}
             // Nothing is mapped ahead, so nothing can be out of range.
@@ -132,7 +131,8 @@ fn a_set_of_another_vm_is_refused<B: Backing>() {
     assert_empty(&tree);
 }
 
-fn private_copies_are_let_in_like_writes<B: Backing>() {
+/// A fork point on a host that has 128 MiB, all of them spare.
+fn point_on_a_full_host<B: Backing>() -> ForkPoint<B> {
     let host = FakeHost::new();
     host.set_available(ByteSize::mib(128), MemoryLimit::Host);
     let tree = host.tree(Limits { admission: Admission::default(), ..Limits::default() });
@@ -140,13 +140,7 @@ fn private_copies_are_let_in_like_writes<B: Backing>() {
     vm.start().unwrap();
     let point = vm.fork(&mut ScriptedGuest::running(1)).unwrap();
     point.teardown().wait();
-    let set = WorkingSet::new(PageSet::new(), pages(0..3));
-    let refused = point.spawn(prefaulting(set.clone(), 2));
-    match refused {
-        Err(SpawnError::Refused(AdmissionError::Memory { needed, .. })) => assert_eq!(needed.get(), 2 * PAGE),
-        other => panic!("{other:?}"),
-    }
-    point.spawn(prefaulting(set.as_read(), 2)).expect("shared pages take nothing");
+    point
 }
 
 #[test]
@@ -156,6 +150,10 @@ fn the_heap_has_nothing_to_map_ahead() {
     let nothing = Prefaulted { left_out: PageCount::new(2), ..Prefaulted::default() };
     assert_eq!(clone.prefaulted(), Some(nothing));
     assert_eq!(clone.dirty().unwrap().ram, PageSet::new());
+    // And so nothing that there must be room for.
+    let set = WorkingSet::new(PageSet::new(), pages(0..3));
+    let clone = point_on_a_full_host::<Heap>().spawn(prefaulting(set, 3)).expect("nothing is copied");
+    assert_eq!(clone.tree().usage().expected, ByteSize::ZERO);
 }
 
 #[cfg(target_os = "linux")]
@@ -165,6 +163,17 @@ mod mapped_only {
     use offshoot::testing::faults::{Refusal, fail_nth_call};
 
     /// Page faults that this thread has taken without a disk.
+    #[test]
+    fn private_copies_are_let_in_like_writes() {
+        let point = point_on_a_full_host::<Mapped>();
+        let set = WorkingSet::new(PageSet::new(), pages(0..3));
+        match point.spawn(prefaulting(set.clone(), 2)) {
+            Err(SpawnError::Refused(AdmissionError::Memory { needed, .. })) => assert_eq!(needed.get(), 2 * PAGE),
+            other => panic!("{other:?}"),
+        }
+        point.spawn(prefaulting(set.as_read(), 2)).expect("shared pages take nothing");
+    }
+
     fn faults() -> u64 {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         // proc_pid_stat(5): the tenth field; the second ends with the last bracket.

@@ -75,6 +75,15 @@ pub fn requests(effort: &Effort, report: &mut Report) -> Outcome {
     warm.flush()?;
     let origin = disk.origin();
     let sealed = origin.flatten()?;
+    // What 64 files cost the system, whoever reads them.
+    let files: Vec<File> = (0..64u64)
+        .map(|n| {
+            let path = place.0.join(format!("sparse-{n}"));
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+            (n..pages).step_by(64).try_for_each(|at| file.write_all_at(&page, at * PAGE))?;
+            Ok(file)
+        })
+        .collect::<std::io::Result<_>>()?;
     let mean = |time: f64| time / REQUESTS as f64;
     let mut round = Round::new(effort);
     for (seed, disk) in [(1, &warm), (2, &shallow), (3, &deep)] {
@@ -94,6 +103,12 @@ pub fn requests(effort: &Effort, report: &mut Report) -> Outcome {
         let read = |_| file.read_exact_at(&mut buf, random.next() % pages * PAGE).expect("inside the file");
         mean(timed(|| (0..REQUESTS).for_each(read)).0)
     });
+    let (mut random, mut buf) = (Random::new(8), page);
+    round.probe(|| {
+        let mut read = |at: u64| files[at as usize % 64].read_exact_at(&mut buf, at * PAGE).expect("inside the file");
+        // The last pages are not in all of the files.
+        mean(timed(|| (0..REQUESTS).for_each(|_| read(random.next() % (pages - 64)))).0)
+    });
     let mut random = Random::new(6);
     round.probe(|| {
         let write = |_| warm.write(ByteOffset::new(random.next() % pages * PAGE), &page).expect("inside the disk");
@@ -111,12 +126,13 @@ pub fn requests(effort: &Effort, report: &mut Report) -> Outcome {
         let write = |_| file.write_all_at(&page, random.next() % pages * PAGE).expect("inside the file");
         mean(timed(|| (0..REQUESTS).for_each(write)).0)
     });
-    let [own, one, many, checked, pread, write, first, pwrite] = round.run();
+    let [own, one, many, checked, pread, files, write, first, pwrite] = round.run();
     let baseline = |name: &str, stats| Some(Baseline::new(name, stats));
     // 0.9 times a plain file's rate is 1.11 times its time.
     for (case, stats, baseline, goal) in [
         ("random read, the clone's own page", own, baseline("pread of a plain file", pread), Goal::Ratio(1.11)),
         ("random read, 64 layers", many, baseline("the same with 1 layer", one), Goal::Ratio(1.05)),
+        ("random read, 64 layers", many, baseline("pread of 64 sparse files", files), Goal::Ratio(1.11)),
         ("random read, sealed layer, checked", checked, baseline("pread of a plain file", pread), Goal::None),
         ("random write, the clone's own page", write, baseline("pwrite of a plain file", pwrite), Goal::Ratio(1.11)),
         ("first write to a shared page", first, baseline("a write to an own page", write), Goal::Ratio(1.3)),

@@ -42,14 +42,18 @@ fuzz_target!(|input: &[u8]| {
     }
     let page = |first, last| PageRange::from_bounds(PageIndex::new(first), PageIndex::new(last));
     disk.zero(page(0, 2)).unwrap();
-    disk.write(ByteOffset::new(4096 + 512), &[7; 4096]).unwrap();
+    if let Err(error) = disk.write(ByteOffset::new(4096 + 512), &[7; 4096]) {
+        // A frozen layer whose map is damaged in part: its pages are errors, and so is a write to a part of one.
+        assert!(read.is_err(), "{error}");
+        return;
+    }
     disk.flush().unwrap();
     drop(disk.cut().unwrap().commit());
     disk.reset().unwrap();
-    disk.write(ByteOffset::new(3 * 4096), &[8; 512]).unwrap();
+    let Ok(()) = disk.write(ByteOffset::new(3 * 4096), &[8; 512]) else { return };
     disk.flush().unwrap();
     disk.validate().unwrap();
-    disk.read(ByteOffset::ZERO, &mut found).unwrap();
+    let Ok(()) = disk.read(ByteOffset::ZERO, &mut found) else { return };
     drop(disk);
     let mut again = vec![0; found.len()];
     dir().open_disk(patched::disk(), None).unwrap().read(ByteOffset::ZERO, &mut again).unwrap();

@@ -3,12 +3,13 @@
 //! An input is a byte of flags and then patches: where (16 bits), how many bytes (8 bits), the bytes. With flag 1 the checksums are put right
 //! afterwards, so that they do not hide what is behind them.
 
+use offshoot::page::ByteOffset;
 use offshoot::store::DiskId;
 use offshoot::testing::crash::Recorder;
 
 const BLOCK: usize = 4096;
 /// Where the data of the golden overlay starts.
-const DATA_AT: usize = 1 << 20;
+const DATA_AT: ByteOffset = ByteOffset::new(1 << 20);
 const DISK: &str = "3e5b7f10-65a4-4c3e-9d52-6f2a8c0b1d01";
 const OVERLAY: &str = "3e5b7f10-65a4-4c3e-9d52-6f2a8c0b1d02.overlay";
 const LAYER: &str = "3e5b7f10-65a4-4c3e-9d52-6f2a8c0b1d03.layer";
@@ -49,11 +50,10 @@ pub fn folder(target: Target, input: &[u8]) -> (Recorder, bool) {
         repair_overlay(&mut overlay);
         repair_layer(&mut layer);
     }
-    overlay.resize(DATA_AT, 0);
-    overlay.extend(include_bytes!("../../tests/golden/v1.overlay.data"));
+    let data = include_bytes!("../../tests/golden/v1.overlay.data");
     let recorder = Recorder::new();
     recorder.place(&format!("{DISK}.disk"), include_bytes!("../../tests/golden/v1.disk"));
-    recorder.place(OVERLAY, &overlay);
+    recorder.place_parts(OVERLAY, &[(ByteOffset::ZERO, &overlay), (DATA_AT, data)]);
     recorder.place(LAYER, &layer);
     (recorder, repair)
 }

@@ -8,12 +8,15 @@
 //! memory files and private mappings, the kernel breaks sharing) and, as a base below either, [`FileImage`]. Yours can join: run
 //! `offshoot::testing::conformance` against it.
 
+mod extent;
 mod file;
 mod heap;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod mapped;
 mod working_set;
 
+pub(crate) use extent::extents_of;
+pub use extent::{Allocation, Extent};
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -144,6 +147,28 @@ pub trait Backing: Send + Sync + Sized + fmt::Debug + 'static {
     /// [`SpaceError::Busy`], or what the system refuses.
     fn dirty(&self) -> Result<PageSet, SpaceError>;
 
+    /// The pages of [`Backing::dirty`] that lie in `range`. Costs by what was written there, where the backing has an index; otherwise as
+    /// [`Backing::dirty`].
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        let mut within = PageSet::new();
+        self.dirty()?.runs().for_each(|run| within.push(run.intersect(range)));
+        Ok(within)
+    }
+
+    /// What the pages of `range` are made of, in ascending extents that cover it. A backing that cannot tell says
+    /// [`Allocation::Data`]. Costs by what was written there.
+    ///
+    /// # Errors
+    /// [`SpaceError::Geometry`] past the end.
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        self.geometry().check_pages(range)?;
+        let all = Extent { pages: range, state: Allocation::Data };
+        Ok(if range.is_empty() { Vec::new() } else { vec![all] })
+    }
+
     /// Drops everything written since [`Backing::origin`], in place; returns how many pages that were. The guest must be paused.
     /// Costs by what was written.
     ///
@@ -261,6 +286,11 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     /// Kernel mappings that a live space begins with, for admission to count. None, unless the kernel shares the pages.
     fn clone_mappings(&self) -> u64 {
         0
+    }
+
+    /// Pages that [`Backing::prefault`] makes private in a live space over this image, for admission to count. None, unless the backing maps ahead.
+    fn prefault_copies(&self, _prefault: &Prefault) -> PageCount {
+        PageCount::ZERO
     }
 
     /// The pages in which the two images may differ: those that either side's ancestors wrote since they parted. Costs by what

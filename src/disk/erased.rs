@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::account::Usage;
-use crate::backing::{Backing, Cut, Deferred, Sealed};
+use crate::backing::{Backing, Cut, Deferred, Extent, Sealed};
 use crate::error::SpaceError;
 use crate::page::{ByteOffset, Geometry, PageCount, PageRange, PageSet};
 
@@ -22,6 +22,8 @@ pub(crate) trait AnySpace: Any + Send + Sync + fmt::Debug {
     fn cut(&self) -> Result<Box<dyn AnyCut + '_>, SpaceError>;
     fn origin(&self) -> Arc<dyn AnySealed>;
     fn dirty(&self) -> Result<PageSet, SpaceError>;
+    fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError>;
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError>;
     fn reset(&self) -> Result<PageCount, SpaceError>;
     fn usage(&self) -> Result<Usage, SpaceError>;
     fn validate(&self) -> Result<(), String>;
@@ -74,6 +76,14 @@ impl<B: Backing> AnySpace for B {
 
     fn dirty(&self) -> Result<PageSet, SpaceError> {
         Backing::dirty(self)
+    }
+
+    fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        Backing::dirty_in(self, range)
+    }
+
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        Backing::allocation(self, range)
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {

@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::account::Usage;
-use crate::backing::{Backing, Heap, Tree};
+use crate::backing::{Backing, Extent, Heap, Tree};
 use crate::error::SpaceError;
 use crate::gate::{Entered, FreezeGate};
 use crate::image::Source;
@@ -275,6 +275,27 @@ impl Disk {
     /// As [`Backing::dirty`].
     pub fn dirty(&self) -> Result<PageSet, SpaceError> {
         self.space.dirty()
+    }
+
+    /// The same, of some pages only.
+    ///
+    /// # Errors
+    /// As [`Backing::dirty`].
+    pub fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        self.space.dirty_in(range)
+    }
+
+    /// What pages are made of, in ascending extents.
+    ///
+    /// # Errors
+    /// As [`Backing::allocation`].
+    pub fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        self.space.allocation(range)
+    }
+
+    /// The unit of [`Disk::dirty`] and [`Disk::allocation`].
+    pub fn page_size(&self) -> PageSize {
+        self.space.geometry().page_size()
     }
 }
 

@@ -12,17 +12,29 @@ use crate::page::{PageIndex, PageRange, PageSet};
 impl<P: PageRef> Index<P> {
     /// The pages whose state differs between `self` and `other`, which must cover the same number of pages.
     pub(crate) fn diff(&self, other: &Self) -> PageSet {
+        self.diff_in(other, PageRange::from_bounds(PageIndex::new(0), PageIndex::new(self.pages().get())))
+    }
+
+    /// Those of [`Index::diff`] that lie in `range`; costs by what differs there.
+    pub(crate) fn diff_in(&self, other: &Self, range: PageRange) -> PageSet {
         debug_assert_eq!(self.pages(), other.pages(), "only indexes over one space are compared");
         let mut out = PageSet::new();
         if Arc::ptr_eq(&self.root, &other.root) {
             return out;
         }
-        for (m, (a, b)) in self.root.iter().zip(&*other.root).enumerate() {
+        let last = range.end().get().min(self.pages().get());
+        let mids = (range.start().get() / MID_PAGES) as usize..last.div_ceil(MID_PAGES) as usize;
+        for m in mids {
             let start = m as u64 * MID_PAGES;
             let end = (start + MID_PAGES).min(self.pages().get());
-            diff_mids(a, b, start, end, &mut out);
+            diff_mids(&self.root[m], &other.root[m], start, end, &mut out);
         }
-        out
+        if range.start().get().is_multiple_of(MID_PAGES) && last.is_multiple_of(MID_PAGES) {
+            return out;
+        }
+        let mut within = PageSet::new();
+        out.runs().for_each(|run| within.push(run.intersect(range)));
+        within
     }
 }
 
@@ -113,6 +125,13 @@ mod tests {
             [(0, 1), (63, 65), (MID_PAGES - 1, MID_PAGES + 70), (pages - 1, pages)].map(|(a, b)| range(a, b)).into();
         assert_eq!(base.diff(&changed).runs().collect::<Vec<_>>(), want);
         assert_eq!(changed.diff(&base).runs().collect::<Vec<_>>(), want);
+        for (from, to) in
+            [(0, 0), (0, 64), (64, 64), (64, MID_PAGES), (MID_PAGES - 1, MID_PAGES), (1, pages), (pages, pages)]
+        {
+            let within: Vec<_> =
+                want.iter().map(|run| run.intersect(range(from, to))).filter(|r| !r.is_empty()).collect();
+            assert_eq!(base.diff_in(&changed, range(from, to)).runs().collect::<Vec<_>>(), within, "{from}..{to}");
+        }
         let mut back = changed.clone();
         back.set(range(63, 65), &PageState::Data(Arc::new(1)));
         assert_eq!(changed.diff(&back).runs().collect::<Vec<_>>(), [range(63, 65)]);

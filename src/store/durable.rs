@@ -25,7 +25,7 @@ use super::overlay::Overlay;
 use super::presence::Presence;
 use super::ranges::Ranges;
 use crate::account::Usage;
-use crate::backing::{Backing, Cut, Deferred, Sealed, Tree};
+use crate::backing::{Backing, Cut, Deferred, Extent, Sealed, Tree, extents_of};
 use crate::error::SpaceError;
 use crate::image::Source;
 use crate::overlay::{Index, PageState};
@@ -286,6 +286,19 @@ impl Backing for Durable {
         let state = self.state.read();
         let next = state.next.lock().index.clone();
         Ok(state.origin.index().diff(&next))
+    }
+
+    fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        let state = self.state.read();
+        let next = state.next.lock();
+        Ok(state.origin.index().diff_in(&next.index, range))
+    }
+
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        let state = self.state.read();
+        state.origin.geometry_of().check_pages(range)?;
+        let next = state.next.lock();
+        Ok(extents_of(&next.index, range, state.origin.base_pages().end()))
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {

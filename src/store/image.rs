@@ -141,7 +141,7 @@ impl DurableImage {
     }
 
     /// The pages that the base image holds a part of.
-    fn base_pages(&self) -> PageRange {
+    pub(super) fn base_pages(&self) -> PageRange {
         let len = self.0.base.as_ref().map_or(0, |base| base.len().get());
         PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(len.div_ceil(BLOCK as u64)))
     }

@@ -26,6 +26,8 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
+    #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "only that front end makes it"))]
+    Poll,
     Fdatasync,
     Fsync,
     Flock,
@@ -61,6 +63,7 @@ impl Call {
             Self::UffdRegister => "ioctl(UFFDIO_REGISTER)",
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
+            Self::Poll => "poll",
             Self::Fdatasync => "fdatasync",
             Self::Fsync => "fsync",
             Self::Flock => "flock",

@@ -15,6 +15,8 @@ pub(crate) mod fault;
 pub(crate) mod headroom;
 pub(crate) mod image_map;
 pub(crate) mod volatile;
+#[cfg(all(feature = "nbd", unix))]
+pub(crate) mod wait;
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod access;

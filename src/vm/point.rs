@@ -137,7 +137,8 @@ impl<B: Backing> ForkPoint<B> {
         let mappings = mappings.saturating_add(parts.ram.clone_mappings());
         let ledger = &self.0.tree.0;
         let size = parts.layout.geometry().page_size();
-        let ready = spec.prefault.as_ref().map_or(ByteSize::ZERO, |prefault| size.size_of(prefault.copies()));
+        let ready =
+            spec.prefault.as_ref().map_or(ByteSize::ZERO, |prefault| size.size_of(parts.ram.prefault_copies(prefault)));
         let seat = ledger.admit_vm(ledger.needs_of_clone(mappings, ready))?;
         let ram = Ram::over(parts.layout.clone(), ram(&parts.ram)?);
         let prefaulted = prefault(ram.space(), spec.prefault.as_ref())?;

@@ -69,7 +69,7 @@ impl Vm<crate::backing::Mapped> {
     /// As [`Vm::reset`], for a caller that knows which pages of RAM were written (a simulator, or KVM's dirty log): nothing
     /// has to be looked for, so the cost is that of the pages listed, however much the guest has touched.
     ///
-    /// `dirty` must name every page written or zeroed since the fork point: what it leaves out stays as it is.
+    /// `dirty` must name every page written or zeroed since the fork point: what it leaves out may stay as it is.
     ///
     /// # Errors
     /// As [`Vm::reset`].

@@ -95,10 +95,15 @@ impl<B: PageBody> HeapImage<B> {
         if here == 0 { Ok(()) } else { base.read(at, &mut buf[..here]) }
     }
 
+    /// The first page that no byte of the base image lies in.
+    pub(super) fn base_end(&self) -> PageIndex {
+        let len = self.0.base.as_ref().map_or(0, |base| base.len().get());
+        PageIndex::new(len.div_ceil(self.0.geometry.page_size().bytes().get()))
+    }
+
     /// How many pages an index leaves to the base image.
     pub(super) fn base_pages_under(&self, index: &Index<PageArc<B>>) -> u64 {
-        let Some(base) = &self.0.base else { return 0 };
-        let pages = base.len().get().div_ceil(self.0.geometry.page_size().bytes().get());
+        let pages = self.base_end().get();
         let covered = index.tally_in(PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(pages)));
         pages - covered.data - covered.zero
     }

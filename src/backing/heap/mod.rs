@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::page::Page;
-use super::{Backing, Cut, Deferred, Sealed, Tree};
+use super::{Backing, Cut, Deferred, Extent, Sealed, Tree, extents_of};
 use crate::account::Usage;
 use crate::error::SpaceError;
 use crate::image::Source;
@@ -193,6 +193,19 @@ impl<B: PageBody> Backing for Heap<B> {
         let state = self.state.read();
         let next = state.next.lock().index.clone();
         Ok(state.origin.index().diff(&next))
+    }
+
+    fn dirty_in(&self, range: PageRange) -> Result<PageSet, SpaceError> {
+        let state = self.state.read();
+        let next = state.next.lock();
+        Ok(state.origin.index().diff_in(&next.index, range))
+    }
+
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        let state = self.state.read();
+        state.geometry.check_pages(range)?;
+        let next = state.next.lock();
+        Ok(extents_of(&next.index, range, state.origin.base_end()))
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {

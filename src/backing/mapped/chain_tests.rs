@@ -418,3 +418,131 @@ fn a_cut_of_scattered_pages_that_is_undone_leaves_them_dirty() {
     }
     assert_eq!(cut(&parent).diff(&parent.origin()).unwrap(), PageSet::new());
 }
+
+#[test]
+fn limits_that_allow_nothing_are_refused_at_the_first_cut() {
+    for limits in
+        [Limits { layers_per_image: 0, ..Limits::default() }, Limits { mappings_per_vm: 0, ..Limits::default() }]
+    {
+        let tree = Tree::new(limits);
+        let parent = space(&tree, 8);
+        parent.write(at(3), &[1]).unwrap();
+        let before = tree.usage();
+        match parent.cut().map(drop) {
+            Err(
+                SpaceError::LayerLimit { layers: 1, limit: 0 } | SpaceError::MappingLimit { needed: 1, limit: 0, .. },
+            ) => {}
+            other => panic!("{other:?}"),
+        }
+        assert_eq!((tree.usage(), parent.dirty().unwrap().count().get()), (before, 1));
+        // It can still be zeroed by punching holes: its file is not sealed.
+        parent.zero(range(0, 8)).unwrap();
+        assert_eq!(parent.usage().unwrap().private.get(), 0);
+        parent.validate().unwrap();
+    }
+}
+
+#[test]
+fn what_is_merged_onto_an_ancestor_stays_below_the_soft_limits() {
+    let tree = Tree::new(Limits { merge_over_layers: 3, merge_over_mappings: 20, ..Limits::default() });
+    let parent = space(&tree, PAGES);
+    let mut images = vec![cut(&parent)];
+    for level in 1..8 {
+        // Scattered, and over everything that was there before.
+        (0..PAGES).step_by(9).for_each(|page| parent.write(at(page), &[level]).unwrap());
+        images.push(cut(&parent));
+    }
+    let merged = images[7].merge_onto(&images[1]).unwrap();
+    let (layers, mappings) = layers(&merged);
+    assert!(layers <= 3 && mappings <= 20, "{layers} layers in {mappings} pieces");
+    assert_eq!(merged.diff(&images[7]).unwrap(), PageSet::new());
+    let clone = merged.spawn().unwrap();
+    for page in 0..PAGES {
+        let mut byte = [0];
+        clone.read(at(page), &mut byte).unwrap();
+        assert_eq!(byte[0], if page % 9 == 0 { 7 } else { 0 });
+    }
+    clone.validate().unwrap();
+    merged.validate().unwrap();
+}
+
+/// Does something whenever the engine notes anything.
+struct AtEachNote<F>(F);
+
+impl<F: Fn() + 'static> tracing::Subscriber for AtEachNote<F>
+where
+    F: Send + Sync,
+{
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, _: &tracing::Event<'_>) {
+        (self.0)();
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// Somebody writes through the engine while a cut of scattered pages goes over to the way that needs no write protection.
+#[test]
+fn a_cut_is_one_instant_where_write_protection_is_missing() {
+    let mut fell_back = 0;
+    for n in 1..20 {
+        let tree = Tree::new(Limits { mappings_per_vm: 16, ..Limits::default() });
+        let parent = Arc::new(space(&tree, 512));
+        cut(&parent);
+        (0..512).step_by(8).for_each(|page| parent.write(at(page), &[2]).unwrap());
+        let (writer, wrote) = (parent.clone(), Arc::new(std::sync::atomic::AtomicBool::new(false)));
+        let noted = wrote.clone();
+        let subscriber = AtEachNote(move || {
+            // First a page that was clean, then one that was known to be written.
+            for page in [1, 0] {
+                writer.write(at(page), &[9]).unwrap();
+            }
+            noted.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        let cut = tracing::subscriber::with_default(subscriber, || {
+            let _plan = plan::arm(n, Errno::NOSYS);
+            parent.cut().map(|cut| cut.commit().0)
+        });
+        let Ok(image) = cut else { continue };
+        if !wrote.load(std::sync::atomic::Ordering::Relaxed) {
+            continue;
+        }
+        fell_back += 1;
+        let (clone, mut bytes) = (image.spawn().unwrap(), [[0]; 2]);
+        for (page, byte) in bytes.iter_mut().enumerate() {
+            clone.read(at(page as u64), byte).unwrap();
+        }
+        assert!(bytes[0] != [9] || bytes[1] == [9], "an earlier write is missing: {bytes:?}");
+        parent.validate().unwrap();
+    }
+    assert!(fell_back > 0, "write protection was never missing");
+}
+
+/// Pages that a cut left private because layers could not be laid over them cannot be laid one by one at a reset either.
+#[test]
+fn a_listed_reset_of_scattered_pages_stays_within_the_mappings() {
+    let tree = Tree::new(Limits { mappings_per_vm: 16, ..Limits::default() });
+    let parent = space(&tree, 512);
+    cut(&parent);
+    let scattered = || (0..512).step_by(8);
+    scattered().for_each(|page| parent.write(at(page), &[2]).unwrap());
+    cut(&parent);
+    scattered().for_each(|page| parent.write(at(page), &[3]).unwrap());
+    let listed: PageSet = scattered().map(PageIndex::new).collect();
+    assert_eq!(parent.reset_listed(&listed).unwrap().get(), 64);
+    assert!(parent.kernel_mappings() <= 16, "{} mappings", parent.kernel_mappings());
+    assert!(parent.dirty().unwrap().is_empty());
+    parent.validate().unwrap();
+    for page in 0..512 {
+        let mut byte = [0];
+        parent.read(at(page), &mut byte).unwrap();
+        assert_eq!(byte[0], if page % 8 == 0 { 2 } else { 0 }, "page {page}");
+    }
+}

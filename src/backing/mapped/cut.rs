@@ -68,16 +68,15 @@ pub(super) enum Seal {
 impl<'a> MappedCut<'a> {
     pub(super) fn begin(space: &'a Mapped) -> Result<Self, SpaceError> {
         let mut state = space.exclusive()?;
-        let written = match state.view {
-            View::Shared(_) => PageSet::new(),
-            View::Private | View::Kept(_) => state.written_pages()?,
-        };
+        let mut written = state.written_by_guest()?;
         if state.is_scattered(&written) {
             drop(state);
             if let Some(cut) = Self::keeping(space)? {
                 return Ok(cut);
             }
+            // The space was free for a moment: others may have written.
             state = space.exclusive()?;
+            written = state.written_by_guest()?;
         }
         match seal(&mut state, written)? {
             Seal::Later(sealed, written) => Ok(Self { state, sealed, step: Step::Later(written), _attempt: None }),
@@ -125,7 +124,7 @@ impl<'a> MappedCut<'a> {
 pub(super) fn seal(state: &mut State, written: PageSet) -> Result<Seal, SpaceError> {
     if matches!(state.view, View::Shared(_)) {
         // Refused before the file is sealed, which cannot be undone.
-        state.origin.check_depth()?;
+        state.origin.check_first()?;
         let layer = seal_own_file(state)?;
         return Ok(Seal::First(state.origin.first(layer.clone())?, layer));
     }
@@ -267,6 +266,14 @@ impl Cut for MappedCut<'_> {
 }
 
 impl State {
+    /// The pages that a cut has to copy: none of a space whose own file becomes the layer.
+    pub(super) fn written_by_guest(&self) -> Result<PageSet, SpaceError> {
+        match self.view {
+            View::Shared(_) => Ok(PageSet::new()),
+            View::Private | View::Kept(_) => self.written_pages(),
+        }
+    }
+
     fn budget(&self) -> u64 {
         self.origin.tree().limits().mappings_per_vm
     }

@@ -11,11 +11,11 @@ use super::layer::{Content, Family, Layer, LayerBuilder, Version, host_pages};
 use super::layer_map::LayerMap;
 use super::merge::{self, Due, Laid};
 use crate::account::{Charge, Item};
-use crate::backing::{Sealed, Tree};
+use crate::backing::{Prefault, Sealed, Tree};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSet};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet};
 use crate::sys::error::SysError;
 use crate::sys::mapping::{Mapping, Placement};
 
@@ -64,6 +64,12 @@ impl MappedImage {
     /// Whether there may be an image one cut further on.
     pub(super) fn check_depth(&self) -> Result<(), SpaceError> {
         self.0.lineage.child(self.0.tree.limits().depth).map(drop)
+    }
+
+    /// Whether there may be an image of the first cut.
+    pub(super) fn check_first(&self) -> Result<(), SpaceError> {
+        merge::check_whole(self.0.tree.limits())?;
+        self.check_depth()
     }
 
     /// The image one cut further on. `parts` makes it of this image's layers, or, of a root image's space that is private already, of `own`.
@@ -262,6 +268,10 @@ impl Sealed for MappedImage {
         map.mappings().min(self.0.tree.limits().mappings_per_vm)
     }
 
+    fn prefault_copies(&self, prefault: &Prefault) -> PageCount {
+        prefault.copies()
+    }
+
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))
@@ -269,6 +279,7 @@ impl Sealed for MappedImage {
 
     fn flatten(&self) -> Result<Self, SpaceError> {
         let (tree, geometry) = (&self.0.tree, self.0.geometry);
+        merge::check_whole(tree.limits())?;
         let mut builder = LayerBuilder::new(tree, geometry)?;
         builder.copy_from_image(self, &PageSet::from(geometry.all()))?;
         let built = builder.finish()?;
@@ -300,7 +311,10 @@ impl Sealed for MappedImage {
             }
         };
         // The bytes are the same, wherever they lie.
-        Ok(self.build(self.0.family.clone(), self.0.index.clone(), laid, lineage))
+        let merged = self.build(self.0.family.clone(), self.0.index.clone(), laid, lineage);
+        // Whoever asks for this waits for copies as it is.
+        drop(merged.due());
+        Ok(merged)
     }
 
     fn depth(&self) -> u32 {

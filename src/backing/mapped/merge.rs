@@ -174,14 +174,24 @@ fn is_over(map: &LayerMap, limits: &Limits) -> bool {
 
 /// Whether there may be an image of this map. Refused at the cut, so that a spawn never is.
 pub(super) fn check(map: &LayerMap, limits: &Limits) -> Result<(), SpaceError> {
-    if map.layers() > limits.layers_per_image {
-        let (layers, limit) = (map.layers(), limits.layers_per_image);
-        return Err(SpaceError::LayerLimit { layers, limit });
-    }
+    check_layers(map.layers(), limits)?;
     // However scattered, pages can be gathered into one piece.
-    let (needed, limit) = (map.fewest_mappings(), limits.mappings_per_vm);
-    if map.mappings() > limit && needed > limit {
-        return Err(SpaceError::MappingLimit { needed, limit, name: "Limits::mappings_per_vm" });
-    }
-    Ok(())
+    if map.mappings() > limits.mappings_per_vm { check_mappings(map.fewest_mappings(), limits) } else { Ok(()) }
+}
+
+/// Whether there may be an image that is one layer in one piece.
+pub(super) fn check_whole(limits: &Limits) -> Result<(), SpaceError> {
+    check_layers(1, limits)?;
+    check_mappings(1, limits)
+}
+
+fn check_layers(layers: u32, limits: &Limits) -> Result<(), SpaceError> {
+    let limit = limits.layers_per_image;
+    if layers > limit { Err(SpaceError::LayerLimit { layers, limit }) } else { Ok(()) }
+}
+
+fn check_mappings(needed: u64, limits: &Limits) -> Result<(), SpaceError> {
+    let limit = limits.mappings_per_vm;
+    let name = "Limits::mappings_per_vm";
+    if needed > limit { Err(SpaceError::MappingLimit { needed, limit, name }) } else { Ok(()) }
 }

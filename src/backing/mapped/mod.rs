@@ -225,7 +225,7 @@ impl State {
             None => all.clone(),
         };
         let origin = self.origin.clone();
-        if dirty.is_none() && !self.can_lay(&moved) {
+        if !self.can_lay(&moved) {
             return self.reset_anew(&all);
         }
         self.lay_over(&moved)?;
@@ -349,7 +349,8 @@ impl Mapped {
     }
 
     /// As [`Backing::reset`] for a caller that knows which pages were written or zeroed since [`Backing::origin`]: no page table is
-    /// searched. A page that `dirty` leaves out stays as it is. Costs by what is listed.
+    /// searched. A page that `dirty` leaves out stays as it is, or is reset all the same. Costs by what is listed; where a fork left more
+    /// pages private than there may be mappings, once by all that there are: everything is mapped anew.
     ///
     /// # Errors
     /// As [`Backing::reset`], and [`SpaceError::Geometry`] where `dirty` reaches past the end; nothing is changed then.

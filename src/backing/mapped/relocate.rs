@@ -32,7 +32,7 @@ use super::tracker::Tracker;
 use super::{HostRange, Mapped, MappedCut, MappedImage, State, View};
 use crate::backing::{Deferred, Sealed};
 use crate::error::{SpaceError, SystemError};
-use crate::page::{ByteOffset, ByteSize, PageSet};
+use crate::page::{ByteOffset, ByteSize};
 use crate::ram::{Ram, RamLayout};
 use crate::sys::mapping::{KeptRange, Mapping, Placement};
 use crate::sys::reservation::Hole;
@@ -203,10 +203,7 @@ impl Mapped {
         let mut state = self.exclusive()?;
         // With the lock held: nobody can take one any more.
         state.unleased()?;
-        let written = match state.view {
-            View::Shared(_) => PageSet::new(),
-            _ => state.written_pages()?,
-        };
+        let written = state.written_by_guest()?;
         let (sealed, unsealed) = match seal(&mut state, written)? {
             Seal::First(sealed, layer) => (sealed, Unsealed::OwnFile(layer)),
             Seal::Later(sealed, _) => (sealed, Unsealed::None),

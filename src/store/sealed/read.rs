@@ -18,7 +18,7 @@ use crate::error::StoreError;
 use crate::page::{PageIndex, PageRange};
 
 /// Pages that are read at once to be checked.
-pub(super) const CHUNK: u64 = 256;
+pub(super) const CHUNK: u64 = 64;
 
 /// A sealed layer that is open.
 #[derive(Debug)]

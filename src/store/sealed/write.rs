@@ -2,11 +2,12 @@
 //!
 //! Under a temporary name until everything is there and durable; then it gets its own in one step. So a layer of that name is whole.
 
+use std::io;
 use std::sync::Arc;
 
 use super::super::file::{self, NamedFile};
 use super::super::id::{LayerId, PARTIAL};
-use super::super::medium::Folder;
+use super::super::medium::{Folder, Sharing};
 use super::super::overlay::Shape;
 use super::super::record::{BLOCK, Record};
 use super::{
@@ -40,7 +41,19 @@ impl Writer {
         shape: Shape,
     ) -> Result<Self, StoreError> {
         let name: Arc<str> = format!("{}.{PARTIAL}", file_name(id)).into();
-        let medium = folder.create(&name).map_err(|error| file::error(&name, "create", error))?;
+        let told = |call| {
+            let name = &name;
+            move |error| file::error(name, call, error)
+        };
+        let medium = match folder.create(&name) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                // Left by a crash, unless somebody holds it, who is writing this very layer now.
+                drop(folder.open(&name, Sharing::Alone).map_err(told("open"))?);
+                folder.remove(&name).map_err(told("remove"))?;
+                folder.create(&name).map_err(told("create"))?
+            }
+            made => made.map_err(told("create"))?,
+        };
         let mut record = Record::new(&HEADER_MAGIC, id.bytes());
         record.put(header::PARENT, &parent.map_or([0; 16], LayerId::bytes));
         record.put(header::PAGES, &shape.geometry.pages().get().to_le_bytes());

@@ -1,9 +1,9 @@
 //! The live side: creating, reading, writing and zeroing one space.
 
 use super::Bench;
-use crate::backing::{Backing, Sealed, Tree};
+use crate::backing::{Allocation, Backing, Extent, Sealed, Tree};
 use crate::image::Source;
-use crate::page::{ByteOffset, PageIndex, PageRange, PageSet};
+use crate::page::{ByteOffset, PageCount, PageIndex, PageRange, PageSet};
 use crate::testing::pair::{Pair, broken, check_geometry_error, geometry, ok, on_a_tree, pages};
 use crate::testing::{ByteSource, Dice};
 use std::sync::Arc;
@@ -141,6 +141,14 @@ pub(super) fn far_apart<B: Backing>(size: crate::page::PageSize) {
         if ok("dirty", space.dirty()) != want {
             broken("dirty", "of a large space with a few pages written, exactly those are dirty");
         }
+        for (from, to) in [(0, count), (0, 1), (step, step + 1), (step - 1, 5 * step), (7, count - 1), (3, 3)] {
+            let range = PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to));
+            let within: PageSet = places.iter().copied().filter(|page| range.contains(*page)).collect();
+            if ok("dirty_in", space.dirty_in(range)) != within {
+                broken("dirty_in", format_args!("{range:?}: not what of the dirty pages lies there"));
+            }
+            told(&space, range, &within);
+        }
         let (image, deferred) = crate::backing::Cut::commit(ok("cut", space.cut()));
         drop(deferred);
         let clone = ok("spawn", image.spawn());
@@ -196,5 +204,25 @@ impl<B: Backing> Pair<B> {
                 self.write(at, &dice.bytes(len));
             }
         }
+    }
+}
+
+/// What `allocation` says of `range`, in a space of zeroes where only `data` was written.
+fn told<B: Backing>(space: &B, range: PageRange, data: &PageSet) {
+    let mut at = range.start();
+    for Extent { pages, state } in ok("allocation", space.allocation(range)) {
+        if pages.start() != at || pages.is_empty() {
+            broken("allocation", format_args!("{pages:?} does not go on from {at:?}"));
+        }
+        at = pages.end();
+        if state == Allocation::Zero && data.count_in(pages) != PageCount::ZERO {
+            broken("allocation", format_args!("{pages:?} are told to be zeroes, and were written"));
+        }
+        if state == Allocation::Base {
+            broken("allocation", format_args!("{pages:?} are told to be of a base image, where there is none"));
+        }
+    }
+    if at != range.end() {
+        broken("allocation", format_args!("{range:?} is told of to {at:?} only"));
     }
 }

@@ -98,12 +98,16 @@ impl Recorder {
 
     /// Puts a file there, whole and durable.
     pub fn place(&self, name: &str, bytes: &[u8]) {
+        self.place_parts(name, &[(ByteOffset::ZERO, bytes)]);
+    }
+
+    /// Puts a file there, whole and durable, that has these parts and holes between them.
+    pub fn place_parts(&self, name: &str, parts: &[(ByteOffset, &[u8])]) {
         let mut state = self.state();
         let file = state.files.len();
         let mut content = Content::default();
-        content.set_len(bytes.len() as u64);
-        for (at, page) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
-            if page.iter().any(|byte| *byte != 0) {
+        for (start, bytes) in parts {
+            for (at, page) in (start.get()..).step_by(4096).zip(bytes.chunks(4096)) {
                 content.write(at, page);
             }
         }

@@ -1,0 +1,207 @@
+//! Exports: disks under a name, and the set of them that one server offers.
+//!
+//! Knows disks and names. Must not know sockets or the wire.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::RwLock;
+
+use super::gate::{Drained, Gate};
+use crate::disk::{Access, Disk};
+use crate::page::SectorCount;
+
+/// The name of an export: UTF-8, at most [`ExportName::MAX_LEN`] bytes, no NUL. The empty name is the one that clients ask for who name none.
+///
+/// ```
+/// use offshoot::frontend::nbd::ExportName;
+/// assert!(ExportName::new("clone-7/root").is_ok());
+/// assert!(ExportName::new("a\0b").is_err());
+/// ```
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ExportName(Arc<str>);
+
+/// A name, or a description, that the protocol has no room for.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0:?} is no name for an export: at most {max} bytes, none of them NUL", max = ExportName::MAX_LEN)]
+pub struct BadName(String);
+
+impl ExportName {
+    /// The longest name, in bytes.
+    pub const MAX_LEN: usize = 4096;
+
+    /// Checks a name.
+    ///
+    /// # Errors
+    /// [`BadName`].
+    pub fn new(name: impl Into<Arc<str>>) -> Result<Self, BadName> {
+        checked(name.into()).map(Self)
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ExportName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn checked(text: Arc<str>) -> Result<Arc<str>, BadName> {
+    if text.len() > ExportName::MAX_LEN || text.contains('\0') {
+        return Err(BadName(text.chars().take(64).collect()));
+    }
+    Ok(text)
+}
+
+/// A disk as it is offered to clients. Any number of them use it at once.
+#[derive(Debug)]
+pub struct Export {
+    disk: Arc<Disk>,
+    access: Access,
+    description: Arc<str>,
+    gate: Arc<Gate>,
+}
+
+impl Export {
+    /// Offers `disk` with the access it has.
+    pub fn new(disk: Arc<Disk>) -> Self {
+        Self { access: disk.access(), disk, description: "".into(), gate: Arc::default() }
+    }
+
+    /// The same, for reading only, whatever the disk allows.
+    #[must_use]
+    pub fn read_only(self) -> Self {
+        Self { access: Access::ReadOnly, ..self }
+    }
+
+    /// The same, with a line for people to read.
+    ///
+    /// # Errors
+    /// [`BadName`]: as long as a name at most.
+    pub fn described(self, description: impl Into<Arc<str>>) -> Result<Self, BadName> {
+        Ok(Self { description: checked(description.into())?, ..self })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Whether clients may write.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// What it says of itself.
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// Waits for the requests that are being executed and keeps later ones waiting, reads too, until the guard is dropped. Held for a
+    /// fork, it makes the cut of a disk one instant between requests. Several guards may be held at once.
+    ///
+    /// Do not wait for a reply from this export while holding one.
+    pub fn drain(&self) -> Drained {
+        self.gate.clone().hold()
+    }
+
+    pub(super) fn capacity(&self) -> SectorCount {
+        self.disk.capacity()
+    }
+
+    pub(super) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+}
+
+/// An export of this name is there already.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddError {
+    /// Two exports of one name.
+    #[error("an export named {0:?} is there already: remove it first, or take another name")]
+    Taken(ExportName),
+    /// The server is being shut down.
+    #[error("the server is shutting down: nothing is added any more")]
+    ShuttingDown,
+}
+
+/// The exports of a server, or of a [`Session`](super::Session). Clones of it are the same set.
+///
+/// ```
+/// use std::sync::Arc;
+/// use offshoot::{Tree, disk::{Access, Disk}, page::SectorCount, frontend::nbd::*};
+/// let disk = Disk::blank(&Tree::default(), SectorCount::new(2048), Access::ReadWrite)?;
+/// let exports = Exports::default();
+/// exports.add(ExportName::new("root")?, Export::new(Arc::new(disk)))?;
+/// assert_eq!(exports.names().len(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Exports(Arc<Set>);
+
+#[derive(Debug, Default)]
+struct Set {
+    by_name: RwLock<BTreeMap<ExportName, Arc<Export>>>,
+    closing: AtomicBool,
+}
+
+impl Exports {
+    /// Offers one more. Clients that are connected see it in their next LIST.
+    ///
+    /// # Errors
+    /// [`AddError`].
+    pub fn add(&self, name: ExportName, export: Export) -> Result<Arc<Export>, AddError> {
+        let mut by_name = self.0.by_name.write();
+        if self.is_closing() {
+            return Err(AddError::ShuttingDown);
+        }
+        if by_name.contains_key(&name) {
+            return Err(AddError::Taken(name));
+        }
+        let export = Arc::new(export);
+        by_name.insert(name, export.clone());
+        Ok(export)
+    }
+
+    /// Takes one away: requests that are being executed end, all others get ESHUTDOWN from now on. Returns it once nothing
+    /// touches its disk through it any more; `None` where there is none of this name.
+    pub fn remove(&self, name: &ExportName) -> Option<Arc<Export>> {
+        let export = self.0.by_name.write().remove(name)?;
+        export.gate.close();
+        Some(export)
+    }
+
+    /// An export by name.
+    pub fn get(&self, name: &str) -> Option<Arc<Export>> {
+        let by_name = self.0.by_name.read();
+        by_name.get(&ExportName(name.into())).cloned()
+    }
+
+    /// All names, in order.
+    pub fn names(&self) -> Vec<ExportName> {
+        self.0.by_name.read().keys().cloned().collect()
+    }
+
+    /// Visits all, in order of their names. Nothing is added or removed meanwhile.
+    pub(super) fn visit(&self, mut each: impl FnMut(&str, &Export)) {
+        self.0.by_name.read().iter().for_each(|(name, export)| each(name.as_str(), export));
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.0.closing.load(Ordering::Acquire)
+    }
+
+    /// Turns new requests away, for good, and waits for those that are being executed.
+    pub(super) fn close(&self) {
+        let by_name = self.0.by_name.write();
+        self.0.closing.store(true, Ordering::Release);
+        by_name.values().for_each(|export| export.gate.close());
+    }
+}
