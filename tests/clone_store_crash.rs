@@ -132,11 +132,8 @@ fn a_cut_anywhere_leaves_the_world_before_or_after() {
 fn without_its_syncs_the_same_history_is_found_out() {
     let recorder = Recorder::new();
     let steps = history(&recorder, 1, 14);
-    let kinds: [(&str, fn(&str) -> bool); 2] = [
-        ("the catalogue's", |file| file.starts_with("catalogue")),
-        ("the layers'", |file| !file.starts_with("catalogue")),
-    ];
-    for (which, of) in kinds {
+    for (which, of_catalogue) in [("the catalogue's", true), ("the layers'", false)] {
+        let of = |file: &str| file.starts_with("catalogue") == of_catalogue;
         let log = recorder.log().without_syncs(|sync| sync.file.as_deref().is_some_and(of));
         let found = check_cuts(&log, &steps, 11, 6, 1);
         assert!(found.is_err(), "{which} syncs were missed by nobody, in {found:?} states");

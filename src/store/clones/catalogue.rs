@@ -13,7 +13,6 @@ use redb::{Database, ReadableTable, StorageBackend, TableDefinition};
 
 use super::error::CloneError;
 use super::record::{CloneName, CloneRecord, LayerRecord};
-use crate::error::StoreError;
 use crate::page::{ByteOffset, ByteSize};
 use crate::store::file;
 use crate::store::id::{DISK, LAYER, LayerId, OVERLAY, PARTIAL};
@@ -115,7 +114,7 @@ impl Catalogue {
     /// Makes one; `None` where somebody else has just done so.
     fn create(folder: &dyn Folder) -> Result<Option<Self>, CloneError> {
         let name: Arc<str> = format!("{FILE}.{PARTIAL}").into();
-        let told = |call, error| StoreError::from(file::error(&name, call, error));
+        let told = |call, error| file::error(&name, call, error);
         let names = folder.names().map_err(|error| told("list", error))?;
         if let Some(file) = names.into_iter().find(|name| is_ours(name)) {
             return Err(CloneError::NoCatalogue { file });
@@ -151,7 +150,7 @@ impl Catalogue {
 
     fn over(medium: Arc<dyn Medium>) -> Result<Self, CloneError> {
         // What an earlier holder left behind is made durable before anything is built on it.
-        medium.sync().map_err(|error| StoreError::from(file::error(&FILE.into(), "sync", error)))?;
+        medium.sync().map_err(|error| file::error(&FILE.into(), "sync", error))?;
         let database = database(medium)?;
         let catalogue = Self { database, done: BTreeSet::new() };
         let read = catalogue.database.begin_read().map_err(failed)?;

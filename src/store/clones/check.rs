@@ -72,6 +72,9 @@ pub struct Repaired {
     pub kept: Vec<String>,
 }
 
+/// A file with its lock.
+type HeldFile = (String, Arc<dyn Medium>);
+
 impl CloneStore {
     /// Looks at everything: the catalogue against the files, every map and index, every page of sealed layers against its checksum (on the threads given,
     /// with progress), parents that are missing or could be written, files that nothing needs. Clones that are open are passed over but for their named layers.
@@ -191,7 +194,7 @@ impl CloneStore {
     }
 
     /// Files of the store that nothing needs, held so that nobody opens them. The caller keeps others from making any.
-    fn orphans(&self, catalogue: &Catalogue) -> Result<Vec<(String, Arc<dyn Medium>)>, CloneError> {
+    fn orphans(&self, catalogue: &Catalogue) -> Result<Vec<HeldFile>, CloneError> {
         // Held before heads are asked again: a disk that was open at first, and is closed now, has named what it wrote in between.
         let first = self.not_needed(catalogue)?;
         let held = first.into_iter().filter_map(|name| Some((self.folder().open(&name, Sharing::Alone).ok()?, name)));

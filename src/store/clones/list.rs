@@ -60,6 +60,9 @@ pub struct SpaceUsed {
     pub reclaimable: ByteSize,
 }
 
+/// Every name, every row of a layer, every file.
+pub(super) type Surveyed = (BTreeMap<CloneName, Walked>, BTreeMap<LayerId, LayerRecord>, BTreeSet<String>);
+
 /// A name with the way down from its topmost layer.
 pub(super) struct Walked {
     pub(super) record: CloneRecord,
@@ -102,10 +105,7 @@ impl CloneStore {
         Ok(info(name.clone(), &self.walk_one(record, &rows, &names)))
     }
 
-    pub(super) fn walk(
-        &self,
-        catalogue: &Catalogue,
-    ) -> Result<(BTreeMap<CloneName, Walked>, BTreeMap<LayerId, LayerRecord>, BTreeSet<String>), CloneError> {
+    pub(super) fn walk(&self, catalogue: &Catalogue) -> Result<Surveyed, CloneError> {
         let (rows, names) = (catalogue.layers()?, self.names()?);
         let clones = catalogue.clones()?.into_iter();
         let walked = clones.map(|(name, record)| (name, self.walk_one(record, &rows, &names))).collect();

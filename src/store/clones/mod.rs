@@ -151,7 +151,7 @@ impl CloneStore {
         let name: Arc<str> = path.display().to_string().into();
         let told = |call| {
             let name = name.clone();
-            move |error| StoreError::from(file::error(&name, call, error))
+            move |error| file::error(&name, call, error)
         };
         match std::fs::create_dir(path) {
             Ok(()) => {
