@@ -1,7 +1,8 @@
 //! The catalogue: one file with a few small tables, changed by transactions.
 //!
 //! It lies in the store's folder like every other file and is read and written through the same trait, so that tests can cut its power
-//! and fail its calls. The file is held alone for as long as the store is open: a second opener is refused. A new catalogue is made under another name
+//! and fail its calls. The file is held alone for as long as the store is open: a second opener is refused. A new catalogue is made under another
+//! name
 //! and renamed, so there is a whole one or none. Must not know what the rows are for.
 
 use std::collections::{BTreeMap, BTreeSet};

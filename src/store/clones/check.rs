@@ -51,7 +51,8 @@ pub enum Problem {
         /// The layer.
         layer: LayerId,
     },
-    /// A file that nothing needs: what a call that was killed left behind, or a disk that was forked from one of the store's and never got a name. [`CloneStore::repair`] removes it.
+    /// A file that nothing needs: what a call that was killed left behind, or a disk that was forked from one of the store's and never got a name.
+    /// [`CloneStore::repair`] removes it.
     Orphan {
         /// The file.
         file: String,
@@ -76,8 +77,10 @@ pub struct Repaired {
 type HeldFile = (String, Arc<dyn Medium>);
 
 impl CloneStore {
-    /// Looks at everything: the catalogue against the files, every map and index, every page of sealed layers against its checksum (on the threads given,
-    /// with progress), parents that are missing or could be written, files that nothing needs. Clones that are open are passed over but for their named layers.
+    /// Looks at everything: the catalogue against the files, every map and index, every page of sealed layers against its checksum (on the threads
+    /// given,
+    /// with progress), parents that are missing or could be written, files that nothing needs. Clones that are open are passed over but for their
+    /// named layers.
     ///
     /// # Errors
     /// [`CloneError::Catalogue`], or a directory that cannot be listed. What is found is no error.

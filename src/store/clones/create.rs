@@ -78,7 +78,8 @@ impl CloneStore {
         self.name_layer(&mut self.0.catalogue.lock(), name, record)
     }
 
-    /// A new image with the content of a source, a raw image say, copied into one sealed layer; zero up to a whole page. Pages of zeroes take no room. Costs a
+    /// A new image with the content of a source, a raw image say, copied into one sealed layer; zero up to a whole page. Pages of zeroes take no
+    /// room. Costs a
     /// read of the source; other calls go on meanwhile.
     ///
     /// # Errors
@@ -97,11 +98,13 @@ impl CloneStore {
         self.name_layer(&mut self.0.catalogue.lock(), name, record)
     }
 
-    /// A new clone that reads as `source` does, an image or a clone that nobody has open. Costs one commit of the catalogue, whatever the disk's size or fragmentation
+    /// A new clone that reads as `source` does, an image or a clone that nobody has open. Costs one commit of the catalogue, whatever the disk's
+    /// size or fragmentation
     /// (and, where the source was written since it was last cloned, the freezing of its overlay).
     ///
     /// # Errors
-    /// [`CloneError::Unknown`], [`CloneError::Exists`], [`CloneError::Open`], [`CloneError::Degraded`], [`CloneError::Catalogue`]; what the medium says.
+    /// [`CloneError::Unknown`], [`CloneError::Exists`], [`CloneError::Open`], [`CloneError::Degraded`], [`CloneError::Catalogue`]; what the medium
+    /// says.
     pub fn clone_disk(&self, source: &CloneName, name: &CloneName) -> Result<(), CloneError> {
         self.name_copy(source, name, Kind::Clone)
     }
@@ -150,7 +153,8 @@ impl CloneStore {
         self.name_layer(&mut catalogue, name, record)
     }
 
-    /// Gives an open disk a name that was forked from one of the store's, with its VM say: without one it is not of the store, and goes with a repair. It is flushed first.
+    /// Gives an open disk a name that was forked from one of the store's, with its VM say: without one it is not of the store, and goes with a
+    /// repair. It is flushed first.
     ///
     /// # Errors
     /// As [`CloneStore::keep`]; [`CloneError::Exists`] also where the disk has a name already.

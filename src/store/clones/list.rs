@@ -126,7 +126,8 @@ impl CloneStore {
         Walked { record, chain, head }
     }
 
-    /// What each name takes: files that it alone needs, files that it shares, and what a merge would give back. For a clone that is open, what it wrote since
+    /// What each name takes: files that it alone needs, files that it shares, and what a merge would give back. For a clone that is open, what it
+    /// wrote since
     /// its layers were last named is left out: ask [`Durable::allocated`](crate::store::Durable::allocated). Costs a look at each file.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! A clone store: a directory of durable disks with names, and a catalogue that knows what lies on what.
 //!
-//! [`CloneStore::open`] is all that is needed. *Images* are never written, *clones* are disks; both are a name for a topmost layer, and share every layer
+//! [`CloneStore::open`] is all that is needed. *Images* are never written, *clones* are disks; both are a name for a topmost layer, and share
+//! every layer
 //! below it. What each call promises:
 //!
 //! - **It is one transaction of the catalogue.** Files are made and synced first, then the catalogue is changed, then files that nothing names are
@@ -11,35 +12,6 @@
 //! - **A clone with a layer missing is degraded:** it is listed, says what is missing, and can be deleted.
 //!
 //! A clone opens as a [`Durable`], which is a backing like any other. This module must not know of sectors, guests or forks; see `docs/store.md`.
-//!
-//! ```
-//! use offshoot::backing::Backing;
-//! use offshoot::page::{ByteOffset, ByteSize};
-//! use offshoot::store::{CloneName, CloneStore, StoreOptions};
-//! # let path = std::env::temp_dir().join(format!("offshoot-clones-doc-{}", std::process::id()));
-//! let store = CloneStore::open(&path, StoreOptions::default())?;
-//! let (golden, web) = (CloneName::new("golden")?, CloneName::new("web-1")?);
-//! store.create_empty(&golden, ByteSize::gib(64))?;
-//! store.open_disk(&golden)?.write(ByteOffset::new(4096), b"installed")?; // not flushed, and so not kept
-//! let disk = store.open_disk(&golden)?;
-//! disk.write(ByteOffset::new(4096), b"INSTALLED")?;
-//! disk.flush()?;
-//! drop(disk);
-//!
-//! store.clone_disk(&golden, &web)?; // one commit of the catalogue, whatever the size
-//! let disk = store.open_disk(&web)?;
-//! let mut found = [0; 9];
-//! disk.read(ByteOffset::new(4096), &mut found)?;
-//! assert_eq!(&found, b"INSTALLED");
-//! drop(disk);
-//! store.delete(&golden)?; // the clone keeps the layer
-//! # let mut found = [0; 9];
-//! store.open_disk(&web)?.read(ByteOffset::new(4096), &mut found)?;
-//! assert_eq!(&found, b"INSTALLED");
-//! # drop(store);
-//! # std::fs::remove_dir_all(&path)?;
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
 
 mod catalogue;
 mod check;
@@ -96,6 +68,38 @@ impl StoreOptions {
 }
 
 /// A directory of clones and images. Clones of this handle are one reference; the store is closed with the last.
+///
+/// Every call is one transaction: killed at any point, the store opens to the state before or after. A second opener is refused. What is open is not
+/// deleted or rewritten, and nobody writes a layer that others lie on.
+///
+/// ```
+/// use offshoot::backing::Backing;
+/// use offshoot::page::{ByteOffset, ByteSize};
+/// use offshoot::store::{CloneName, CloneStore, StoreOptions};
+/// # let path = std::env::temp_dir().join(format!("offshoot-clones-doc-{}", std::process::id()));
+/// let store = CloneStore::open(&path, StoreOptions::default())?;
+/// let (golden, web) = (CloneName::new("golden")?, CloneName::new("web-1")?);
+/// store.create_empty(&golden, ByteSize::gib(64))?;
+/// store.open_disk(&golden)?.write(ByteOffset::new(4096), b"installed")?; // not flushed, and so not kept
+/// let disk = store.open_disk(&golden)?;
+/// disk.write(ByteOffset::new(4096), b"INSTALLED")?;
+/// disk.flush()?;
+/// drop(disk);
+///
+/// store.clone_disk(&golden, &web)?; // one commit of the catalogue, whatever the size
+/// let disk = store.open_disk(&web)?;
+/// let mut found = [0; 9];
+/// disk.read(ByteOffset::new(4096), &mut found)?;
+/// assert_eq!(&found, b"INSTALLED");
+/// drop(disk);
+/// store.delete(&golden)?; // the clone keeps the layer
+/// let mut found = [0; 9];
+/// store.open_disk(&web)?.read(ByteOffset::new(4096), &mut found)?;
+/// assert_eq!(&found, b"INSTALLED");
+/// # drop(store);
+/// # std::fs::remove_dir_all(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct CloneStore(Arc<Inner>);
 
@@ -361,7 +365,8 @@ impl CloneStore {
         Ok(())
     }
 
-    /// Adds the layers that heads lead to: a disk goes on over its own layers without the catalogue being told. Disks that are open hold theirs. Whether
+    /// Adds the layers that heads lead to: a disk goes on over its own layers without the catalogue being told. Disks that are open hold theirs.
+    /// Whether
     /// every head could be read.
     fn reach_from_heads(
         &self,

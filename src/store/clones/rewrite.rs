@@ -28,7 +28,8 @@ struct Replaced {
 }
 
 impl CloneStore {
-    /// Deletes an image or a clone, in any order; layers that nothing else needs go with it, or later, where somebody reads them. Works for a degraded
+    /// Deletes an image or a clone, in any order; layers that nothing else needs go with it, or later, where somebody reads them. Works for a
+    /// degraded
     /// one. Costs by the names and layers in the store.
     ///
     /// # Errors
@@ -96,7 +97,8 @@ impl CloneStore {
         self.replace(&mut catalogue, &held, Replaced { top, origin, pages, origin_pages })
     }
 
-    /// Copies all that a name reads as into one sealed layer without a parent. The name depends on nothing else from then on, and a reset goes back to this.
+    /// Copies all that a name reads as into one sealed layer without a parent. The name depends on nothing else from then on, and a reset goes
+    /// back to this.
     /// Other calls go on meanwhile, and relatives may be in use; the clone itself may not. Costs a read of what is not zero.
     ///
     /// # Errors
@@ -120,7 +122,8 @@ impl CloneStore {
         })
     }
 
-    /// Merges the layers that a clone has had of its own since it was made into one sealed layer. What they hide of one another is given back. A reset goes back where it did
+    /// Merges the layers that a clone has had of its own since it was made into one sealed layer. What they hide of one another is given back. A
+    /// reset goes back where it did
     /// before. Costs a read of their pages.
     ///
     /// # Errors
@@ -144,7 +147,8 @@ impl CloneStore {
         })
     }
 
-    /// Puts a clone over another image, whatever they have to do with each other: it reads as before, and only pages that differ stay its own. A reset
+    /// Puts a clone over another image, whatever they have to do with each other: it reads as before, and only pages that differ stay its own. A
+    /// reset
     /// goes back to `onto` from then on. Costs a read, on both sides, of what is not in a common ancestor.
     ///
     /// # Errors
@@ -177,7 +181,8 @@ impl CloneStore {
         })
     }
 
-    /// Has `target` read as `name` does, which was cloned from it, and must not be written since. Both are there afterwards, and share all layers. No page is copied.
+    /// Has `target` read as `name` does, which was cloned from it, and must not be written since. Both are there afterwards, and share all layers.
+    /// No page is copied.
     ///
     /// Legal whoever else descends from `target`: layers do not change.
     ///
@@ -205,7 +210,8 @@ impl CloneStore {
         self.replace(&mut catalogue, &to, replaced)
     }
 
-    /// The pages that two names read differently; past the end of the shorter one, where the other is not zero. Costs a read of what is not in a common ancestor.
+    /// The pages that two names read differently; past the end of the shorter one, where the other is not zero. Costs a read of what is not in a
+    /// common ancestor.
     ///
     /// # Errors
     /// As [`CloneStore::open_image`].
