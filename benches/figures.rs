@@ -30,6 +30,8 @@ mod figures {
     pub mod many;
     #[cfg(target_os = "linux")]
     pub mod mapped;
+    #[cfg(all(feature = "nbd", unix))]
+    pub mod nbd;
     pub mod options;
     #[cfg(target_os = "linux")]
     pub mod prefault;
@@ -110,6 +112,18 @@ macro_rules! kvm {
     };
 }
 
+/// A figure of the NBD server: skipped, aloud, where there is none.
+#[cfg(all(feature = "nbd", unix))]
+macro_rules! nbd {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "nbd", unix)))]
+macro_rules! nbd {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("the NBD server is a feature, and Unix only"))
+    };
+}
+
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
     Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
@@ -141,6 +155,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
+    Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 

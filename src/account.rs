@@ -9,6 +9,8 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+use crate::admission::Pass;
 use crate::admission::{Admission, AdmissionError, Gate, HostView, Needs};
 use crate::page::{ByteSize, PageCount};
 use crate::sys::headroom::ThisHost;
@@ -94,7 +96,8 @@ pub struct TreeUsage {
     pub memory_files: u64,
     /// Pages alive on the heap, private and shared together.
     pub heap_pages: PageCount,
-    /// Kernel mappings that clones alive were spawned with, those counted for the embedder included.
+    /// Kernel mappings that clones alive were spawned with, and those of second views that pages are copied back from; those counted for the
+    /// embedder included.
     pub clone_mappings: u64,
     /// Descriptors of sealed memory files, and those counted for the embedder of clones alive.
     pub descriptors: u64,
@@ -225,6 +228,15 @@ impl Ledger {
     /// [`AdmissionError`].
     pub(crate) fn check_room_for_file(&self) -> Result<(), AdmissionError> {
         self.gate.check(FILE)
+    }
+
+    /// Lets a view of a clone in beside the one that it was spawned with.
+    ///
+    /// # Errors
+    /// [`AdmissionError`], with nothing counted.
+    #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub(crate) fn admit_view(&self, mappings: u64) -> Result<Pass, AdmissionError> {
+        self.gate.pass(Needs { memory: ByteSize::ZERO, mappings, descriptors: 0 })
     }
 
     /// Remembers a memory file for [`Ledger::file_bytes`]; forgets those that are gone.

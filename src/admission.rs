@@ -380,7 +380,7 @@ impl Gate {
     }
 
     /// The same for a holder of its own.
-    #[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
+    #[cfg(any(test, all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
     pub(crate) fn pass(self: &Arc<Self>, needs: Needs) -> Result<Pass, AdmissionError> {
         self.take(needs)?;
         Ok(Pass { gate: self.clone(), needs })
@@ -507,7 +507,7 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 /// What was let in, counted until it is dropped.
-#[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
+#[cfg(any(test, all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
 #[derive(Debug)]
 pub(crate) struct Pass {
     gate: Arc<Gate>,
@@ -525,7 +525,7 @@ impl Pass {
     }
 }
 
-#[cfg(any(test, all(feature = "kvm", target_os = "linux", target_arch = "x86_64")))]
+#[cfg(any(test, all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
 impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.give_back(self.needs);

@@ -49,6 +49,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (vm(), goes(3)).prop_map(|(vm, goes)| Op::Freeze { vm, goes }),
         7 => (vm(), goes(3)).prop_map(|(point, goes)| Op::Spawn { point, goes }),
         3 => (vm(), goes(3)).prop_map(|(vm, goes)| Op::Reset { vm, goes }),
+        3 => (vm(), goes(3), 0..16u64, 0..4u64)
+            .prop_map(|(vm, goes, first, count)| Op::ResetCopying { vm, goes, first, count }),
         2 => (vm(), vm()).prop_map(|(a, b)| Op::Diff { a, b }),
         1 => vm().prop_map(|point| Op::Flatten { point }),
         2 => (vm(), vm()).prop_map(|(point, onto)| Op::Merge { point, onto }),
@@ -83,7 +85,8 @@ const OUTCOMES: [&str; 19] = [
 
 /// And what must have come up where there is more than one way to fork.
 #[cfg(target_os = "linux")]
-const WAYS: [&str; 11] = [
+const WAYS: [&str; 12] = [
+    "copied back",
     "first fork in another way",
     "forked live",
     "forked live, and written meanwhile",

@@ -20,7 +20,7 @@ use offshoot::frontend::kvm::{
     Devices, DirtyLog, Irqchips, KvmCall, KvmError, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part,
     Target, VcpuIndex, VmBuilder, finish_exit,
 };
-use offshoot::page::{ByteSize, GuestAddress, Lba, PageIndex, PageSet, PageSize, SectorCount};
+use offshoot::page::{ByteSize, GuestAddress, Lba, PageCount, PageIndex, PageSet, PageSize, SectorCount};
 use offshoot::ram::{RamLayout, RamRegion};
 use offshoot::testing::faults::{Refusal, fail_nth_call};
 use offshoot::{
@@ -390,7 +390,12 @@ fn a_running_guest_is_paused_reset_and_runs_on() {
 #[test]
 fn a_reset_that_fails_anywhere_can_be_repeated() {
     let Some(host) = host() else { return };
-    for devices in [Devices::NONE, Devices::FULL] {
+    let dirty = set([LIST / PAGE, 20, 21, 300, HIGH_PAGE + 3]);
+    type Reset<'a> = &'a dyn Fn(&mut Clone) -> Result<PageCount, ResetError>;
+    let ways: [Reset<'_>; 2] =
+        [&|clone| clone.vm.reset(&mut clone.cpus), &|clone| clone.vm.reset_copying(&mut clone.cpus, &dirty)];
+    for (devices, way) in [Devices::NONE, Devices::FULL].into_iter().flat_map(|devices| ways.map(|way| (devices, way)))
+    {
         let mut clone = clone_of(&host, devices, DirtyLog::On, PageSize::KIB_4);
         let ram = clone.ram();
         let mut failed_loads = 0;
@@ -399,7 +404,7 @@ fn a_reset_that_fails_anywhere_can_be_repeated() {
             clone.cpus.walk();
             clone.vm.disk("d").unwrap().write(Lba::new(3), &[9; 512]).unwrap();
             let plan = fail_nth_call(n, Refusal::OutOfMemory);
-            let reset = clone.vm.reset(&mut clone.cpus);
+            let reset = way(&mut clone);
             let seen = plan.calls_seen();
             drop(plan);
             match reset {
@@ -412,6 +417,7 @@ fn a_reset_that_fails_anywhere_can_be_repeated() {
                 Err(error) => {
                     failed_loads += u32::from(matches!(error, ResetError::Load(_)));
                     assert_eq!(clone.vm.status(), VmStatus::Paused, "{error}");
+                    // Whichever way it was.
                     clone.vm.reset(&mut clone.cpus).unwrap();
                     assert_eq!(clone.vm.status(), VmStatus::Paused);
                     clone.vm.start().unwrap();
@@ -444,6 +450,33 @@ fn the_dirty_log_names_what_the_guest_wrote_and_nothing_else() {
         clone.assert_at_fork_point(&ram);
         clone.vm.ram().store(GuestAddress::new(LIST), 0u32).unwrap();
         clone.vm.reset_listed(&mut clone.cpus, &host_wrote).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_runs_on_over_pages_that_were_copied_back() {
+    let Some(host) = host() else { return };
+    for page in [PageSize::KIB_4, PageSize::new(ByteSize::kib(64)).unwrap()] {
+        let mut clone = clone_of(&host, Devices::NONE, DirtyLog::On, page);
+        let (ram, layout) = (clone.ram(), layout(page));
+        clone.cpus.machine.take_dirty(&layout).unwrap();
+        let host_wrote = set([LIST / page.bytes().get()]);
+        for pages in [&[20, 21, 300][..], &[20, 22], &[], &[20, 21, 300, HIGH_PAGE + 3]] {
+            clone.list(pages);
+            clone.cpus.walk();
+            let dirty = clone.cpus.machine.take_dirty(&layout).unwrap();
+            assert!(pages.is_empty() || clone.ram() != ram);
+            let reset = clone.vm.reset_copying(&mut clone.cpus, &dirty.union(&host_wrote)).unwrap();
+            assert!(reset > dirty.count() || !dirty.intersection(&host_wrote).is_empty());
+            clone.assert_at_fork_point(&ram);
+        }
+        // They count as written, and are given back here.
+        assert!(clone.vm.reset(&mut clone.cpus).unwrap().get() >= 4);
+        assert!(clone.vm.usage().unwrap().ram.private.is_zero());
+        clone.list(&[20]);
+        clone.cpus.walk();
+        clone.vm.reset(&mut clone.cpus).unwrap();
+        clone.assert_at_fork_point(&ram);
     }
 }
 

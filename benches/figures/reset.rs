@@ -9,7 +9,7 @@ use offshoot::backing::Mapped;
 use offshoot::frontend::kvm::{
     Devices, DirtyLog, KvmHost, KvmMachine, MachinePlan, MachineState, Target, VcpuIndex, VmBuilder, finish_exit,
 };
-use offshoot::page::{ByteSize, GuestAddress};
+use offshoot::page::{ByteSize, GuestAddress, PageCount};
 use offshoot::{BoxError, CloneSpec, DeviceState, ForkPoint, Guest, Rewind, Vm, VmName};
 
 use super::options::Effort;
@@ -101,6 +101,22 @@ fn parent(host: &Arc<KvmHost>, size: ByteSize, stride: u64, devices: Devices) ->
     Ok(point)
 }
 
+/// What becomes of the pages that the log names.
+#[derive(Clone, Copy)]
+enum Put {
+    Dropped,
+    Copied,
+}
+
+fn put_back(vm: &Vm<Mapped>, cpus: &mut Cpus, put: Put) -> PageCount {
+    let dirty = cpus.machine.take_dirty(vm.ram().layout()).expect("it has a log");
+    let pages = match put {
+        Put::Dropped => vm.reset_listed(cpus, &dirty),
+        Put::Copied => vm.reset_copying(cpus, &dirty),
+    };
+    pages.expect("a state that fits")
+}
+
 pub fn vcpu(effort: &Effort, report: &mut Report) -> Outcome {
     let host = KvmHost::open().map_err(|error| Skip::new(error.to_string()))?;
     let size = effort.pick(ByteSize::mib(256), ByteSize::gib(1));
@@ -118,10 +134,7 @@ pub fn vcpu(effort: &Effort, report: &mut Report) -> Outcome {
             round.probe(|| {
                 let cpus = &mut *cpus.borrow_mut();
                 cpus.run();
-                let (time, pages) = timed(|| {
-                    let dirty = cpus.machine.take_dirty(ram).expect("it has a log");
-                    vm.reset_listed(cpus, &dirty).expect("a state that fits")
-                });
+                let (time, pages) = timed(|| put_back(&vm, cpus, Put::Dropped));
                 assert_eq!(pages.get(), DIRTY, "the log names what the guest wrote");
                 time
             });
@@ -144,8 +157,48 @@ pub fn vcpu(effort: &Effort, report: &mut Report) -> Outcome {
                 drop(made);
                 time
             });
-            let [listed, scanned, respawn] = round.run();
-            for (way, stats) in [("from the log", listed), ("by a scan", scanned)] {
+            round.probe(|| {
+                let cpus = &mut *cpus.borrow_mut();
+                cpus.run();
+                let (time, pages) = timed(|| put_back(&vm, cpus, Put::Copied));
+                assert_eq!(pages.get(), DIRTY, "the log names what the guest wrote");
+                time
+            });
+            // A run meets what the reset before it left, so the turn before the one that is timed is of the same kind.
+            for put in [Put::Copied, Put::Dropped] {
+                let (vm, cpus) = (&vm, &cpus);
+                round.probe(move || {
+                    let cpus = &mut *cpus.borrow_mut();
+                    let mut turn = || {
+                        cpus.run();
+                        put_back(vm, cpus, put)
+                    };
+                    turn();
+                    timed(turn).0
+                });
+            }
+            round.probe(|| {
+                let again = || spawn(&host, &point, devices, DirtyLog::Off).expect("a machine");
+                let mut machine = again();
+                let (time, made) = timed(|| {
+                    machine.0.run();
+                    drop(machine);
+                    again()
+                });
+                drop(made);
+                time
+            });
+            let [listed, scanned, respawn, copied, turn_copied, turn_dropped, turn_respawned] = round.run();
+            for (way, stats) in [("copied back", turn_copied), ("dropped", turn_dropped)] {
+                report.row(&Row {
+                    case: format!("run to {DIRTY} pages {place}{chips}, and reset from the log: {way}"),
+                    unit: Unit::Microseconds,
+                    stats,
+                    baseline: Some(Baseline::new("run, drop, spawn, make, load", turn_respawned)),
+                    goal: Goal::None,
+                });
+            }
+            for (way, stats) in [("from the log", listed), ("copied back", copied), ("by a scan", scanned)] {
                 report.row(&Row {
                     case: format!("{DIRTY} pages {place}{chips}, {way}, {}", size_name(size)),
                     unit: Unit::Microseconds,

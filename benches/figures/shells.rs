@@ -2,9 +2,11 @@
 //! up to its first instruction, in a shell, by bare calls, cold, and the way that others do it.
 #![allow(unsafe_code)] // The baselines are the bare calls.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -44,15 +46,35 @@ pub fn pause(effort: &Effort, report: &mut Report) -> Outcome {
             let size = ByteSize::gib(gib);
             needs_memory(size)?;
             let pool = pool(&host, size, devices)?;
+            let moves = RefCell::new(Vec::new());
             let mut round = Round::new(effort);
             for way in [Way::IntoShell, Way::InPlace] {
-                let (host, pool) = (&host, &pool);
+                let (host, pool, moves) = (&host, &pool, &moves);
                 round.probe(move || {
                     let timings = first_fork(host, size, devices, pool, way).expect("a fork");
+                    if let Way::IntoShell = way {
+                        moves.borrow_mut().push(timings);
+                    }
                     timings.stopped().as_secs_f64() * 1e9
                 });
             }
             let [shell, in_place] = round.run();
+            let moves = moves.take();
+            let stages: [(&str, fn(&ForkTimings) -> Duration); 4] = [
+                ("bring to rest", |fork| fork.pause),
+                ("capture", |fork| fork.save),
+                ("seal and map", |fork| fork.cut),
+                ("load", |fork| fork.relocate),
+            ];
+            for (stage, of) in stages {
+                report.row(&Row {
+                    case: format!("{}, {name}: into a shell, of it {stage}", size_name(size)),
+                    unit: Unit::Microseconds,
+                    stats: Stats::of(moves.iter().map(|fork| of(fork).as_secs_f64() * 1e9).collect()),
+                    baseline: None,
+                    goal: Goal::None,
+                });
+            }
             let smallest: Stats = *smallest.get_or_insert(shell);
             report.row(&Row {
                 case: format!("{}, {name}: into a shell", size_name(size)),

@@ -27,7 +27,7 @@ fn agreement(export: &[u8]) -> Vec<u8> {
         contexts.extend(query.as_bytes());
     }
     let go = [&name[..], &[0, 0]].concat();
-    [vec![0, 0, 0, 3], option(8, &[]), option(11, &contexts), option(7, &go)].concat()
+    [vec![0, 0, 0, 3], option(8, &[]), option(10, &contexts), option(7, &go)].concat()
 }
 
 /// Feeds `bytes` in pieces and steps through them; `false` once the session is over.

@@ -18,6 +18,7 @@ pub(crate) enum Call {
     Mmap,
     Mremap,
     Madvise,
+    Mprotect,
     ProcessMadvise,
     Open,
     PagemapScan,
@@ -72,6 +73,7 @@ impl Call {
             Self::Unlink => "unlink",
             Self::Readdir => "readdir",
             Self::Kvm => "ioctl(KVM)",
+            Self::Mprotect => "mprotect",
         }
     }
 }

@@ -76,4 +76,15 @@ impl Vm<crate::backing::Mapped> {
     pub fn reset_listed(&self, guest: &mut (impl Rewind + ?Sized), dirty: &PageSet) -> Result<PageCount, ResetError> {
         self.reset_by(guest, |ram| ram.reset_listed(dirty))
     }
+    /// As [`reset_listed`](Self::reset_listed), but copies the fork point's bytes back over the pages instead of dropping them. A fuzzer's
+    /// inner loop: the next run's writes to the same pages cost no fault.
+    ///
+    /// The pages stay this VM's own, and count as written (memory, [`usage`](crate::Vm::usage), the next fork) until a plain [`reset`](Self::reset) or a fork:
+    /// see [`Mapped::reset_copying`](crate::backing::Mapped::reset_copying). Disks are reset as ever.
+    ///
+    /// # Errors
+    /// As [`Vm::reset`]. Where the pages cannot be copied ([`SpaceError::MappingLimit`]), they are as they were: reset them in another way.
+    pub fn reset_copying(&self, guest: &mut (impl Rewind + ?Sized), dirty: &PageSet) -> Result<PageCount, ResetError> {
+        self.reset_by(guest, |ram| ram.reset_copying(dirty))
+    }
 }

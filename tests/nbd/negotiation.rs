@@ -87,7 +87,7 @@ fn unknown_and_malformed_options_are_errors_that_one_can_go_on_from() {
     for (option, data, want) in [
         (OPT_STARTTLS, vec![], REP_ERR_UNSUP),
         (4, vec![], REP_ERR_UNSUP),
-        (12, vec![], REP_ERR_UNSUP),
+        (11, vec![], REP_ERR_UNSUP),
         (u32::MAX, vec![1, 2, 3], REP_ERR_UNSUP),
         (OPT_STRUCTURED_REPLY, vec![0], REP_ERR_INVALID),
         (OPT_LIST_META_CONTEXT, context_request("a", &[]), REP_ERR_INVALID),

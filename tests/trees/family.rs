@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::ways::{Busy, Hands};
 use super::{Contents, Course, Goes, Line, Machine, Origin, Point, Way, Ways, World};
 use offshoot::backing::Backing;
-use offshoot::page::PageSet;
+use offshoot::page::{PageCount, PageRange, PageSet};
 use offshoot::testing::faults::fail_nth_call;
 use offshoot::testing::{Flat, ScriptedGuest, Trouble};
 use offshoot::{CloneSpec, CommitError, ForkError, ForkPoint, ResetError, SpaceError, SpawnError, VmStatus};
@@ -319,10 +319,14 @@ impl<B: Backing> Machine<B> {
         }
     }
 
-    /// Says how it came out.
+    /// By dropping what was written; says how it came out.
     pub fn reset(&mut self, goes: Goes) -> &'static str {
         goes.tell(&mut self.guest);
         let result = self.vm.reset(&mut self.guest);
+        self.is_reset(result)
+    }
+
+    fn is_reset(&mut self, result: Result<PageCount, ResetError>) -> &'static str {
         self.guest.fail_nth_call(0, Trouble::Error);
         let legal = matches!(self.status, VmStatus::Running | VmStatus::Paused);
         match (result, &self.origin) {
@@ -354,6 +358,25 @@ impl<B: Backing> Machine<B> {
             }
             (result, _) => panic!("reset: {result:?}"),
         }
+    }
+}
+
+impl<B: Ways> Machine<B> {
+    /// By copying back what was written, and `more`; says whether it came to that.
+    pub fn reset_copying(&mut self, goes: Goes, more: PageRange) -> bool {
+        let written = self.origin.as_ref().map(|origin| self.now.ram.touched(&origin.at.ram)).unwrap_or_default();
+        goes.tell(&mut self.guest);
+        let listed = written.union(&PageSet::from(more.intersect(self.now.ram.geometry().all())));
+        let Some(result) = B::reset_copying(&self.vm, &mut self.guest, &listed) else {
+            self.guest.fail_nth_call(0, Trouble::Error);
+            return false;
+        };
+        let done = matches!(self.is_reset(result), "reset done" | "reset not loaded");
+        if done {
+            // They stay private, and count as written.
+            self.now.ram.rewrite(&written);
+        }
+        done
     }
 }
 

@@ -49,6 +49,7 @@ pub enum Op {
     Freeze { vm: usize, goes: Goes },
     Spawn { point: usize, goes: Goes },
     Reset { vm: usize, goes: Goes },
+    ResetCopying { vm: usize, goes: Goes, first: u64, count: u64 },
     Diff { a: usize, b: usize },
     Flatten { point: usize },
     Merge { point: usize, onto: usize },
@@ -192,6 +193,14 @@ impl<B: Ways> World<B> {
                 let seen = self.seen.clone();
                 self.on(vm, |m| {
                     seen.borrow_mut().insert(m.reset(goes));
+                });
+            }
+            Op::ResetCopying { vm, goes, first, count } => {
+                let seen = self.seen.clone();
+                self.on(vm, |m| {
+                    if m.reset_copying(goes, pages(first, count)) {
+                        seen.borrow_mut().insert("copied back");
+                    }
                 });
             }
             Op::Diff { a, b } => self.diff(a, b),

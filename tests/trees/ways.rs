@@ -6,10 +6,10 @@ use std::time::Duration;
 use super::io::place_of_page;
 use super::{Contents, HIGH_PAGES, LOW_PAGES, PAGE, pages};
 use offshoot::backing::{AnyPage, Backing, Heap};
-use offshoot::page::{ByteOffset, Gfn, PageCount};
+use offshoot::page::{ByteOffset, Gfn, PageCount, PageSet};
 use offshoot::testing::faults::Refusal;
 use offshoot::testing::{Dice, ScriptedGuest};
-use offshoot::{BoxError, DeviceState, ForkError, ForkPoint, Guest, Vm};
+use offshoot::{BoxError, DeviceState, ForkError, ForkPoint, Guest, ResetError, Vm};
 
 /// A way to fork beside the plain one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,6 +115,11 @@ pub trait Ways: Backing {
     fn fork_by(_: &Vm<Self>, _: &mut Busy<'_, '_, Self>) -> Option<Result<ForkPoint<Self>, ForkError>> {
         None
     }
+
+    /// A reset that copies back the pages that are listed. `None` where there is no such reset.
+    fn reset_copying(_: &Vm<Self>, _: &mut ScriptedGuest, _: &PageSet) -> Option<Result<PageCount, ResetError>> {
+        None
+    }
 }
 
 impl Ways for Heap {}
@@ -155,6 +160,14 @@ mod mapped {
                 Way::Moving => vm.fork_relocating(guest),
                 Way::LiveMoving => fork_live_relocating(vm, guest, &policy, &mut between),
             })
+        }
+
+        fn reset_copying(
+            vm: &Vm<Self>,
+            guest: &mut ScriptedGuest,
+            listed: &PageSet,
+        ) -> Option<Result<PageCount, ResetError>> {
+            Some(vm.reset_copying(guest, listed))
         }
     }
 }

@@ -75,10 +75,11 @@ impl Hypervisor for Kvm {
         Ok(KvmCpu { host: self.host.clone(), plan: state.plan(&self.host), machine })
     }
 
-    /// KVM's log names what the guest wrote, so nothing has to be looked for.
+    /// KVM's log names what the guest wrote, so nothing has to be looked for; and one input writes about the same pages as the next, so their
+    /// bytes are copied back rather than the pages dropped, to be made anew by as many faults.
     fn reset(&self, vm: &Vm<Mapped>, cpu: &mut Timed<KvmCpu>, by_host: &PageSet) -> Result<PageCount, BoxError> {
         let by_guest = cpu.cpu.machine.take_dirty(vm.ram().layout())?;
-        Ok(vm.reset_listed(cpu, &by_guest.union(by_host))?)
+        Ok(vm.reset_copying(cpu, &by_guest.union(by_host))?)
     }
 }
 

@@ -210,8 +210,10 @@ impl<B: PageBody> Backing for Heap<B> {
 
     fn reset(&self) -> Result<PageCount, SpaceError> {
         let mut state = self.exclusive()?;
-        let next = state.next.get_mut().index.clone();
-        let dirty = state.origin.index().diff(&next).count();
+        // Every live page counts, and what was zeroed and not written since. Mostly nothing was, which is seen at the root.
+        let zeroed = state.origin.index().diff(&state.below);
+        let zeroed = zeroed.pages().filter(|page| state.live.get(*page).is_none()).count();
+        let dirty = state.live.count().saturating_add(PageCount::new(zeroed as u64));
         let fresh = State::over(state.origin.clone());
         let old = replace(&mut *state, fresh);
         drop(state);

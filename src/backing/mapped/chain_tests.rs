@@ -67,6 +67,38 @@ impl Live {
     }
 }
 
+impl Live {
+    /// Copies back what was written, or but a part of it, and sometimes pages that were not; says whether there was room to.
+    fn copy_back(&mut self, random: &mut impl FnMut(u64) -> u64) -> bool {
+        let dirty = self.space.dirty().unwrap();
+        let (start, part) = (random(PAGES), random(3));
+        let other = PageSet::from(range(start, (start + 20).min(PAGES)));
+        let listed = match part {
+            0 => dirty.clone(),
+            1 => dirty.union(&other),
+            _ => dirty.difference(&other),
+        };
+        match self.space.reset_copying(&listed) {
+            Ok(pages) => assert_eq!(pages, listed.count()),
+            Err(SpaceError::MappingLimit { .. }) => {
+                self.check();
+                return false;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert!(self.space.kernel_mappings() <= self.origin.tree().limits().mappings_per_vm);
+        for page in listed.intersection(&dirty).pages().map(|page| page.get() as usize) {
+            let (was, now) = (self.at_origin[page], &mut self.model[page]);
+            // Zeroes over zeroes are left alone.
+            let since = if now.byte == was.byte { now.since } else { None };
+            *now = Page { byte: was.byte, since };
+        }
+        assert_eq!(self.space.dirty().unwrap(), dirty, "they go on to count as written");
+        self.check();
+        true
+    }
+}
+
 fn check_image(image: &MappedImage, model: &Flat) {
     image.validate().unwrap();
     for (page, want) in model.iter().enumerate() {
@@ -101,11 +133,11 @@ fn play(limits: Limits, diffs: Diffs, steps: u64) {
     let mut images = vec![(origin.clone(), sealed.clone())];
     let mut lives = vec![Live { space: first, origin, model: sealed.clone(), at_origin: sealed }];
     let mut put_off: Vec<Deferred> = Vec::new();
-    let mut merged = 0;
+    let (mut merged, mut copied) = (0, 0);
     for step in 0..steps {
         let who = random(lives.len() as u64) as usize;
         let live = &mut lives[who];
-        match random(12) {
+        match random(13) {
             0..=3 => {
                 for _ in 0..random(9) {
                     let (page, byte) = (random(PAGES), random(256) as u8);
@@ -139,6 +171,7 @@ fn play(limits: Limits, diffs: Diffs, steps: u64) {
                 live.model = live.at_origin.clone();
                 live.check();
             }
+            11 => copied += u64::from(live.copy_back(&mut random)),
             10 => {
                 let (a, b) = (random(images.len() as u64) as usize, random(images.len() as u64) as usize);
                 let (said, want) = (images[a].0.diff(&images[b].0).unwrap(), differ(&images[a].1, &images[b].1));
@@ -172,6 +205,7 @@ fn play(limits: Limits, diffs: Diffs, steps: u64) {
         }
     }
     assert!(merged > 10, "{merged} merges in {steps} steps");
+    assert!(copied > 10, "copied back {copied} times in {steps} steps");
     lives.iter().for_each(Live::check);
     drop((put_off, images, lives));
     assert_eq!(tree.usage(), TreeUsage::default());

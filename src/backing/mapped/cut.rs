@@ -231,7 +231,7 @@ impl Cut for MappedCut<'_> {
         let state = &mut *self.state;
         state.table_bytes = 0;
         state.view = View::Private;
-        let old = replace(&mut state.origin, self.sealed.clone());
+        let old = (replace(&mut state.origin, self.sealed.clone()), state.second.take());
         let due = self.sealed.due();
         let deferred = match replace(&mut self.step, Step::Done) {
             Step::First { aside, layer } => {
@@ -272,10 +272,6 @@ impl State {
             View::Shared(_) => Ok(PageSet::new()),
             View::Private | View::Kept(_) => self.written_pages(),
         }
-    }
-
-    fn budget(&self) -> u64 {
-        self.origin.tree().limits().mappings_per_vm
     }
 
     /// Whether layers can be laid over pages without more mappings than this VM may have.

@@ -19,6 +19,9 @@
 
 #[cfg(test)]
 mod chain_tests;
+mod copy_back;
+#[cfg(test)]
+mod copy_back_tests;
 mod cut;
 mod image;
 mod layer;
@@ -42,6 +45,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use self::copy_back::SecondView;
 use self::image::is_hole;
 use self::layer::{HOST_PAGE, Layer, Version, host_pages, is_zero, space_pages};
 use self::tracker::Tracker;
@@ -76,6 +80,8 @@ struct State {
     view: View,
     shown: Index<Version>,
     table_bytes: u64,
+    /// A second view of the origin, once pages were copied back from it.
+    second: Option<SecondView>,
     /// After a live fork: tells private pages written since from those whose bytes are the origin's. After `mapping`, which
     /// is to go first.
     tracker: Mutex<Option<Tracker>>,
@@ -182,8 +188,7 @@ impl State {
                 }
             };
         }
-        let budget = self.origin.tree().limits().mappings_per_vm;
-        if self.mapping.kernel_mappings_with(host) <= budget {
+        if self.mapping.kernel_mappings_with(host) <= self.budget() {
             let geometry = self.geometry();
             let layer = self.origin.family().zero(self.origin.tree(), geometry.len())?.clone();
             match self.show(range, &layer) {
@@ -288,6 +293,8 @@ impl State {
     fn reset_anew(&mut self, moved: &PageSet) -> Result<PageCount, SpaceError> {
         let dropped = self.dirty()?.union(moved).count();
         self.origin.settle()?;
+        // It may be all that still shows the layers of before the merge.
+        self.second = None;
         self.lay_over(&PageSet::from(self.geometry().all()))?;
         self.shown = self.origin.index().clone();
         self.table_bytes = 0;
@@ -330,6 +337,7 @@ impl Mapped {
                 view,
                 shown,
                 table_bytes: 0,
+                second: None,
                 tracker: Mutex::new(None),
                 lost: None,
             }),
@@ -381,9 +389,11 @@ impl Mapped {
         Ok(self.shared()?.mapping.lease(at, len)?)
     }
 
-    /// Kernel mappings that it is made of, against [`Limits::mappings_per_vm`](crate::Limits::mappings_per_vm).
+    /// Kernel mappings that it is made of, against [`Limits::mappings_per_vm`](crate::Limits::mappings_per_vm): of the guest's view, and of
+    /// the second one that [`reset_copying`](Self::reset_copying) makes.
     pub fn kernel_mappings(&self) -> u64 {
-        self.state.read().mapping.kernel_mappings()
+        let state = self.state.read();
+        state.mapping.kernel_mappings() + state.second.as_ref().map_or(0, SecondView::kernel_mappings)
     }
 }
 
@@ -549,6 +559,7 @@ impl Backing for Mapped {
             return if state.mapping.is_shared() { Ok(()) } else { Err("never cut, and mapped privately".into()) };
         }
         state.validate_shown()?;
+        state.validate_second()?;
         state.validate_tracker()
     }
 }

@@ -164,8 +164,7 @@ impl<'a> Transmission<'a> {
             match request.check(&self.agreed.terms) {
                 Err(refusal) => {
                     input.consume(REQUEST_LEN);
-                    out.refused(&request, self.agreed.terms.replies, &refusal);
-                    if !self.skip(payload, input, out)? {
+                    if !self.refuse(&request, &refusal, input, out)? {
                         return self.send(out);
                     }
                 }
@@ -215,18 +214,25 @@ impl<'a> Transmission<'a> {
         Ok(Some(input.data()))
     }
 
-    /// Throws away the payload of a refused request. `false` where there is too much of it, or the client has gone.
-    fn skip(&self, mut payload: u64, input: &mut Input, out: &mut ReplyBuffer) -> io::Result<bool> {
-        if payload > most_skipped(&self.agreed) {
-            return Ok(false);
-        }
-        while payload > 0 {
+    /// Throws away the payload of a refused request, and then says so: clients do not look for the reply to a request that they are still
+    /// sending. `false` where there is too much of it, or the client has gone.
+    fn refuse(
+        &self,
+        request: &Request,
+        refusal: &Refusal,
+        input: &mut Input,
+        out: &mut ReplyBuffer,
+    ) -> io::Result<bool> {
+        let mut payload = request.payload().get();
+        let endless = payload > most_skipped(&self.agreed);
+        while payload > 0 && !endless {
             let Some(data) = self.at_least(1, input, out)? else { return Ok(false) };
             let now = payload.min(data.len() as u64);
             input.consume(now as usize);
             payload -= now;
         }
-        Ok(true)
+        out.refused(request, self.agreed.terms.replies, refusal);
+        Ok(!endless)
     }
 
     /// Receives the payload and gives the request to a worker. `false` where the client has gone.
@@ -252,8 +258,7 @@ impl<'a> Transmission<'a> {
         }
         let Some(reserved) = self.common.budget.take(need, limits.patience) else {
             let refusal = Refusal::new(ErrorCode::OutOfMemory, "too many bytes in flight on this server");
-            out.refused(&request, self.agreed.terms.replies, &refusal);
-            return self.skip(len.get(), input, out);
+            return self.refuse(&request, &refusal, input, out);
         };
         let mut payload = vec![0; len.get() as usize];
         let there = payload.len().min(input.data().len());

@@ -49,9 +49,13 @@ enum Stage {
     Negotiating(Negotiation),
     Transmitting(Box<Agreed>),
     /// The payload of a request that was refused is thrown away.
-    Skipping(u64, Box<Agreed>),
+    Skipping(u64, Refused, Box<Agreed>),
     Over,
 }
+
+/// A request, and why it was refused: told once its payload is through, since clients do not look for the reply to a request that they are
+/// still sending.
+type Refused = Box<(Request, Refusal)>;
 
 impl Session {
     /// A client that has just come. Its greeting is in the output.
@@ -90,14 +94,14 @@ impl Session {
                 Step::Agreed(bytes, agreed) => self.go_on(bytes, Stage::Transmitting(agreed)),
                 Step::Over => SessionStep::Over,
             },
-            Stage::Skipping(left, agreed) => {
-                let now = left.min(input.len() as u64);
-                match (now, left - now) {
-                    (0, _) => self.stay(Stage::Skipping(left, agreed), SessionStep::Starved),
-                    (now, 0) => self.go_on(now as usize, Stage::Transmitting(agreed)),
-                    (now, left) => self.go_on(now as usize, Stage::Skipping(left, agreed)),
-                }
+            Stage::Skipping(0, refused, agreed) => {
+                self.out.refused(&refused.0, agreed.terms.replies, &refused.1);
+                self.stay(Stage::Transmitting(agreed), SessionStep::Progress)
             }
+            Stage::Skipping(left, refused, agreed) => match left.min(input.len() as u64) {
+                0 => self.stay(Stage::Skipping(left, refused, agreed), SessionStep::Starved),
+                now => self.go_on(now as usize, Stage::Skipping(left - now, refused, agreed)),
+            },
             Stage::Transmitting(agreed) => self.transmit(agreed),
         }
     }
@@ -136,12 +140,11 @@ impl Session {
             }
             Err(refusal) => refusal,
         };
-        self.out.refused(&request, agreed.terms.replies, &refusal);
-        match payload {
-            0 => self.go_on(REQUEST_LEN, Stage::Transmitting(agreed)),
-            payload if payload > most_skipped(&agreed) => SessionStep::Over,
-            payload => self.go_on(REQUEST_LEN, Stage::Skipping(payload, agreed)),
+        if payload > most_skipped(&agreed) {
+            self.out.refused(&request, agreed.terms.replies, &refusal);
+            return SessionStep::Over;
         }
+        self.go_on(REQUEST_LEN, Stage::Skipping(payload, Box::new((request, refusal)), agreed))
     }
 }
 
