@@ -1,7 +1,6 @@
 //! A clone store: a directory of durable disks with names, and a catalogue that knows what lies on what.
 //!
-//! [`CloneStore::open`] is all that is needed. *Images* are never written, *clones* are disks; both are a name for a topmost layer, and share
-//! every layer
+//! [`CloneStore::open`] is all that is needed. *Images* are never written, *clones* are disks; both are a name for a topmost layer, and share every layer
 //! below it. What each call promises:
 //!
 //! - **It is one transaction of the catalogue.** Files are made and synced first, then the catalogue is changed, then files that nothing names are
