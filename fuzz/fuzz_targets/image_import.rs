@@ -38,7 +38,7 @@ fuzz_target!(|data: &[u8]| {
     let format = [Format::Qcow2, Format::Vmdk, Format::Raw][(kind % 3) as usize];
     let image = directory().join("image");
     std::fs::write(&image, bytes).expect("room");
-    let policy = ImportPolicy { virtual_size: ByteSize::gib(1), ..ImportPolicy::default() };
+    let mut policy = ImportPolicy { virtual_size: ByteSize::gib(1), ..ImportPolicy::default() };
     if kind & 4 != 0 {
         policy = ImportPolicy { references: ImportPolicy::under(directory()).references, ..policy };
     }

@@ -114,7 +114,7 @@ impl DiskDir {
 
     /// What a disk goes on from whose latest writes are in this layer: the layer itself, or a fresh overlay where it is frozen.
     fn state_at(&self, top: LayerId, shape: Shape, base: Option<Arc<dyn Source>>) -> Result<State, SpaceError> {
-        if let Some(image) = self.held(top, base.as_ref()) {
+        if let Some(image) = self.held(top, shape, base.as_ref()) {
             return Ok(State::over(image));
         }
         let writable = match Layer::open(self.folder(), top) {
@@ -164,7 +164,7 @@ impl DiskDir {
         let head = Head::open(self.folder(), id, Purpose::Read)?;
         check_base(&head, base.as_deref())?;
         let Some(top) = head.top() else { return Ok(DurableImage::root(self.clone(), head.shape(), base)) };
-        if let Some(image) = self.held(top, base.as_ref()) {
+        if let Some(image) = self.held(top, head.shape(), base.as_ref()) {
             return Ok(image);
         }
         let body = Layer::open(self.folder(), top)?;
@@ -176,12 +176,18 @@ impl DiskDir {
     }
 
     /// The image whose topmost layer is `top`, with all below it. Every one must be frozen.
-    fn image_at(&self, top: LayerId, shape: Shape, base: Option<Arc<dyn Source>>) -> Result<DurableImage, SpaceError> {
+    pub(super) fn image_at(
+        &self,
+        top: LayerId,
+        shape: Shape,
+        base: Option<Arc<dyn Source>>,
+    ) -> Result<DurableImage, SpaceError> {
         let (mut bodies, mut seen) = (Vec::new(), HashSet::new());
         let mut image = None;
+        let mut above = shape;
         let mut next = Some(top);
         while let Some(id) = next {
-            image = self.held(id, base.as_ref());
+            image = self.held(id, shape, base.as_ref());
             if image.is_some() {
                 break;
             }
@@ -197,9 +203,12 @@ impl DiskDir {
             if !seen.insert(id) {
                 return Err(file.chain("it is its own ancestor: the chain of layers has a cycle").into());
             }
-            if body.shape() != shape {
+            // A layer may be shorter than the one over it: the disk grew. None is longer, so nothing of it comes back.
+            let here = body.shape();
+            if here.base_len != shape.base_len || here.geometry.len() > above.geometry.len() {
                 return Err(file.chain(OTHER_SHAPE).into());
             }
+            above = here;
             if matches!(&body, Body::Overlay(overlay) if !overlay.is_frozen()) {
                 return Err(file
                     .chain("it is named as a parent, and is not frozen: its child was never durable")
@@ -217,8 +226,12 @@ impl DiskDir {
     }
 
     /// The image of this layer that somebody in this process holds.
-    fn held(&self, id: LayerId, base: Option<&Arc<dyn Source>>) -> Option<DurableImage> {
+    fn held(&self, id: LayerId, shape: Shape, base: Option<&Arc<dyn Source>>) -> Option<DurableImage> {
         let image = DurableImage::from_inner(self.0.images.lock().get(&id)?.upgrade()?);
+        // A disk that grew lies on layers of the length that it had.
+        if image.shape() != shape {
+            return None;
+        }
         let same_base = match (image.base(), base) {
             (Some(held), Some(given)) => Arc::ptr_eq(held, given),
             (None, None) => true,

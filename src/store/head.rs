@@ -6,6 +6,8 @@
 use std::sync::Arc;
 
 use super::file::{self, NamedFile, Part};
+#[cfg(feature = "store")]
+use super::id::PARTIAL;
 use super::id::{DISK, DiskId, LayerId};
 use super::medium::{Folder, Sharing};
 use super::overlay::Shape;
@@ -42,7 +44,38 @@ impl Head {
         top: Option<LayerId>,
         shape: Shape,
     ) -> Result<Self, StoreError> {
+        Self::create_as(folder, file_name(id), id, top, shape)
+    }
+
+    /// A new disk under another name, and then under its own: once that is there, so is what it says. For disks that are known of before they have
+    /// a head.
+    #[cfg(feature = "store")]
+    pub(super) fn create_whole(
+        folder: &dyn Folder,
+        id: DiskId,
+        top: Option<LayerId>,
+        shape: Shape,
+    ) -> Result<(), StoreError> {
         let name = file_name(id);
+        let partial: Arc<str> = format!("{name}.{PARTIAL}").into();
+        // One that a crash left behind says nothing.
+        match folder.remove(&partial) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(file::error(&partial, "remove", error));
+            }
+            _ => {}
+        }
+        let _held = Self::create_as(folder, partial.clone(), id, top, shape)?;
+        folder.rename(&partial, &name).map_err(|error| file::error(&name, "rename", error))
+    }
+
+    fn create_as(
+        folder: &dyn Folder,
+        name: Arc<str>,
+        id: DiskId,
+        top: Option<LayerId>,
+        shape: Shape,
+    ) -> Result<Self, StoreError> {
         let medium = folder.create(&name).map_err(|error| file::error(&name, "create", error))?;
         let file = NamedFile::new(name, medium);
         let mut record = Record::new(&MAGIC, id.bytes());

@@ -110,6 +110,11 @@ impl DurableImage {
         self.0.top.as_ref()
     }
 
+    #[cfg(feature = "store")]
+    pub(super) fn folder(&self) -> &dyn super::medium::Folder {
+        self.0.dir.folder()
+    }
+
     pub(super) fn base(&self) -> Option<&Arc<dyn Source>> {
         self.0.base.as_ref()
     }

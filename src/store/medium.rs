@@ -168,6 +168,14 @@ impl SystemFolder {
     }
 }
 
+/// A directory of the file system, as what this module lies on: to put something in between.
+///
+/// # Errors
+/// What the system says.
+pub fn open_folder(path: impl AsRef<Path>) -> io::Result<Arc<dyn Folder>> {
+    Ok(Arc::new(SystemFolder::open(path.as_ref())?))
+}
+
 impl Drop for SystemFolder {
     fn drop(&mut self) {
         if self.lifetime == Lifetime::Scratch

@@ -36,6 +36,8 @@
 //! ```
 
 mod access;
+#[cfg(feature = "store")]
+mod clones;
 mod directory;
 mod durable;
 mod file;
@@ -52,9 +54,13 @@ mod ranges;
 mod record;
 mod sealed;
 
+#[cfg(feature = "store")]
+pub use clones::{
+    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SpaceUsed, StoreOptions,
+};
 pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
 pub use id::{DiskId, LayerId};
 pub use image::{DurableImage, LayerInfo};
-pub use medium::{Folder, Medium, Sharing};
+pub use medium::{Folder, Medium, Sharing, open_folder};
 pub use sealed::{Progress, Verified};

@@ -1,0 +1,275 @@
+//! The catalogue: one file with a few small tables, changed by transactions.
+//!
+//! It lies in the store's folder like every other file and is read and written through the same trait, so that tests can cut its power
+//! and fail its calls. The file is held alone for as long as the store is open: a second opener is refused. A new catalogue is made under another
+//! name
+//! and renamed, so there is a whole one or none. Must not know what the rows are for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use redb::{Database, ReadableTable, StorageBackend, TableDefinition};
+
+use super::error::CloneError;
+use super::record::{CloneName, CloneRecord, LayerRecord};
+use crate::page::{ByteOffset, ByteSize};
+use crate::store::file;
+use crate::store::id::{DISK, LAYER, LayerId, OVERLAY, PARTIAL};
+use crate::store::medium::{Folder, Medium, Sharing};
+
+pub(super) const FILE: &str = "catalogue.redb";
+
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const CLONES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("clones");
+const LAYERS: TableDefinition<'_, [u8; 16], &[u8]> = TableDefinition::new("layers");
+/// Files that nothing names any more, until they are gone.
+const REMOVALS: TableDefinition<'_, &str, ()> = TableDefinition::new("removals");
+
+const VERSION: u64 = 1;
+/// Rows are few and small.
+const CACHE_BYTES: usize = 4 << 20;
+
+/// An open catalogue.
+pub(super) struct Catalogue {
+    database: Database,
+    /// Removals that were done: their rows go with the next transaction.
+    done: BTreeSet<String>,
+}
+
+impl fmt::Debug for Catalogue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Catalogue").finish_non_exhaustive()
+    }
+}
+
+/// What a transaction does.
+#[derive(Default, Debug)]
+pub(super) struct Change {
+    /// `None` takes the name out.
+    pub(super) clones: Vec<(CloneName, Option<CloneRecord>)>,
+    pub(super) layers: Vec<(LayerId, Option<LayerRecord>)>,
+    pub(super) removals: Vec<String>,
+}
+
+fn failed(error: impl fmt::Display) -> CloneError {
+    CloneError::Catalogue { what: error.to_string() }
+}
+
+fn damaged(what: &str) -> CloneError {
+    CloneError::Catalogue { what: format!("it is damaged: {what}") }
+}
+
+/// A file of the store, as the database wants it.
+#[derive(Debug)]
+struct Backend(Arc<dyn Medium>);
+
+impl StorageBackend for Backend {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len().map(ByteSize::get)
+    }
+
+    fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.0.read_at(ByteOffset::new(offset), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(ByteSize::new(len))
+    }
+
+    fn sync_data(&self, _eventual: bool) -> io::Result<()> {
+        self.0.sync()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_at(ByteOffset::new(offset), data)
+    }
+}
+
+/// Whether a name is that of a file that this module's formats are kept in.
+fn is_ours(name: &str) -> bool {
+    [OVERLAY, LAYER, DISK].iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|stem| stem.ends_with('.')))
+}
+
+impl Catalogue {
+    /// Opens the catalogue, or makes an empty one in a folder that holds no disks.
+    pub(super) fn open(folder: &dyn Folder) -> Result<Self, CloneError> {
+        let name: Arc<str> = FILE.into();
+        loop {
+            match folder.open(&name, Sharing::Alone) {
+                Ok(medium) => return Self::over(medium),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(file::error(&name, "open", error).into());
+                }
+                Err(_) => {}
+            }
+            if let Some(catalogue) = Self::create(folder)? {
+                return Ok(catalogue);
+            }
+        }
+    }
+
+    /// Makes one; `None` where somebody else has just done so.
+    fn create(folder: &dyn Folder) -> Result<Option<Self>, CloneError> {
+        let name: Arc<str> = format!("{FILE}.{PARTIAL}").into();
+        let told = |call, error| file::error(&name, call, error);
+        let names = folder.names().map_err(|error| told("list", error))?;
+        if let Some(file) = names.into_iter().find(|name| is_ours(name)) {
+            return Err(CloneError::NoCatalogue { file });
+        }
+        // One that was never finished goes, unless somebody is at it.
+        match folder.open(&name, Sharing::Alone) {
+            Ok(_held) => folder.remove(&name).map_err(|error| told("remove", error))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(told("open", error).into()),
+        }
+        let medium = folder.create(&name).map_err(|error| told("create", error))?;
+        // Whoever makes one holds this name until it is renamed: looked at again, there is none, or there will be no other.
+        if folder.names().map_err(|error| told("list", error))?.iter().any(|name| name == FILE) {
+            folder.remove(&name).map_err(|error| told("remove", error))?;
+            return Ok(None);
+        }
+        let database = database(medium.clone())?;
+        let write = database.begin_write().map_err(failed)?;
+        {
+            let mut meta = write.open_table(META).map_err(failed)?;
+            for (key, value) in [("version", VERSION), ("features", 0), ("features-read-only", 0)] {
+                meta.insert(key, value).map_err(failed)?;
+            }
+            write.open_table(CLONES).map_err(failed)?;
+            write.open_table(LAYERS).map_err(failed)?;
+            write.open_table(REMOVALS).map_err(failed)?;
+        }
+        write.commit().map_err(failed)?;
+        folder.rename(&name, FILE).map_err(|error| told("rename", error))?;
+        folder.sync().map_err(|error| told("sync of its name", error))?;
+        Ok(Some(Self { database, done: BTreeSet::new() }))
+    }
+
+    fn over(medium: Arc<dyn Medium>) -> Result<Self, CloneError> {
+        // What an earlier holder left behind is made durable before anything is built on it.
+        medium.sync().map_err(|error| file::error(&FILE.into(), "sync", error))?;
+        let database = database(medium)?;
+        let catalogue = Self { database, done: BTreeSet::new() };
+        let read = catalogue.database.begin_read().map_err(failed)?;
+        let meta = read.open_table(META).map_err(failed)?;
+        let word = |key| {
+            let value = meta.get(key).map_err(failed)?;
+            value.map(|value| value.value()).ok_or_else(|| damaged("a word of its schema is missing"))
+        };
+        let (version, features) = (word("version")?, word("features")? | word("features-read-only")?);
+        if version != VERSION || features != 0 {
+            let version = u32::try_from(version).unwrap_or(u32::MAX);
+            return Err(CloneError::UnknownCatalogue { version, features });
+        }
+        Ok(catalogue)
+    }
+
+    /// The row of a name.
+    pub(super) fn clone(&self, name: &CloneName) -> Result<Option<CloneRecord>, CloneError> {
+        let read = self.database.begin_read().map_err(failed)?;
+        let table = read.open_table(CLONES).map_err(failed)?;
+        let Some(row) = table.get(name.as_str()).map_err(failed)? else { return Ok(None) };
+        CloneRecord::decode(row.value()).map(Some).ok_or_else(|| damaged("the row of a clone"))
+    }
+
+    /// Every row, by name.
+    pub(super) fn clones(&self) -> Result<BTreeMap<CloneName, CloneRecord>, CloneError> {
+        let read = self.database.begin_read().map_err(failed)?;
+        let table = read.open_table(CLONES).map_err(failed)?;
+        let mut rows = BTreeMap::new();
+        for row in table.iter().map_err(failed)? {
+            let (name, record) = row.map_err(failed)?;
+            let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a clone"))?;
+            let record = CloneRecord::decode(record.value()).ok_or_else(|| damaged("the row of a clone"))?;
+            rows.insert(name, record);
+        }
+        Ok(rows)
+    }
+
+    /// The row of a layer.
+    pub(super) fn layer(&self, id: LayerId) -> Result<Option<LayerRecord>, CloneError> {
+        let read = self.database.begin_read().map_err(failed)?;
+        let table = read.open_table(LAYERS).map_err(failed)?;
+        let Some(row) = table.get(id.bytes()).map_err(failed)? else { return Ok(None) };
+        LayerRecord::decode(row.value()).map(Some).ok_or_else(|| damaged("the row of a layer"))
+    }
+
+    /// Every layer.
+    pub(super) fn layers(&self) -> Result<BTreeMap<LayerId, LayerRecord>, CloneError> {
+        let read = self.database.begin_read().map_err(failed)?;
+        let table = read.open_table(LAYERS).map_err(failed)?;
+        let mut rows = BTreeMap::new();
+        for row in table.iter().map_err(failed)? {
+            let (id, record) = row.map_err(failed)?;
+            let record = LayerRecord::decode(record.value()).ok_or_else(|| damaged("the row of a layer"))?;
+            rows.insert(LayerId::from_bytes(id.value()), record);
+        }
+        Ok(rows)
+    }
+
+    /// Files that are to be removed and may be there yet.
+    pub(super) fn removals(&self) -> Result<Vec<String>, CloneError> {
+        let read = self.database.begin_read().map_err(failed)?;
+        let table = read.open_table(REMOVALS).map_err(failed)?;
+        let mut names = Vec::new();
+        for row in table.iter().map_err(failed)? {
+            let name = row.map_err(failed)?.0.value().to_owned();
+            // A name that leads elsewhere would be a lie: nothing but our own files was ever put there.
+            if !is_ours(&name) || name.contains('/') {
+                return Err(damaged("a file to be removed that is none of the store's"));
+            }
+            if !self.done.contains(&name) {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Makes a change, durably and as one.
+    pub(super) fn apply(&mut self, change: &Change) -> Result<(), CloneError> {
+        let write = self.database.begin_write().map_err(failed)?;
+        {
+            let mut clones = write.open_table(CLONES).map_err(failed)?;
+            for (name, record) in &change.clones {
+                match record {
+                    Some(record) => clones.insert(name.as_str(), record.encode().as_slice()).map_err(failed)?,
+                    None => clones.remove(name.as_str()).map_err(failed)?,
+                };
+            }
+            let mut layers = write.open_table(LAYERS).map_err(failed)?;
+            for (id, record) in &change.layers {
+                match record {
+                    Some(record) => layers.insert(id.bytes(), record.encode().as_slice()).map_err(failed)?,
+                    None => layers.remove(id.bytes()).map_err(failed)?,
+                };
+            }
+            let mut removals = write.open_table(REMOVALS).map_err(failed)?;
+            for name in &self.done {
+                removals.remove(name.as_str()).map_err(failed)?;
+            }
+            for name in &change.removals {
+                removals.insert(name.as_str(), ()).map_err(failed)?;
+            }
+        }
+        write.commit().map_err(failed)?;
+        self.done.clear();
+        Ok(())
+    }
+
+    /// These files are gone, durably.
+    pub(super) fn removed(&mut self, names: impl IntoIterator<Item = String>) {
+        self.done.extend(names);
+    }
+}
+
+fn database(medium: Arc<dyn Medium>) -> Result<Database, CloneError> {
+    Database::builder()
+        .set_cache_size(CACHE_BYTES)
+        .create_with_file_format_v3(true)
+        .create_with_backend(Backend(medium))
+        .map_err(failed)
+}
