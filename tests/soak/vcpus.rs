@@ -1,7 +1,7 @@
 //! Threads that stand for vCPUs: they stamp pages until they are told to stop, and a guest that really stops them.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::thread::JoinHandle;
 
 use offshoot::testing::Dice;
