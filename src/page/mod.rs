@@ -8,8 +8,10 @@ mod geometry;
 mod number;
 mod range;
 mod set;
+mod zero;
 
 pub use geometry::{Geometry, GeometryError, PageSize};
 pub use number::{ByteOffset, ByteSize, Gfn, GuestAddress, Lba, PageCount, PageIndex, SECTOR_SIZE, SectorCount};
 pub use range::PageRange;
 pub use set::PageSet;
+pub(crate) use zero::is_zero;

@@ -14,7 +14,7 @@
 //! Pure: bytes in, bits out.
 
 use super::record::BLOCK;
-use crate::page::{PageIndex, PageRange};
+use crate::page::{PageIndex, PageRange, is_zero};
 
 const SECTOR: usize = 512;
 const SECTORS: usize = BLOCK / SECTOR;
@@ -118,7 +118,7 @@ impl Slot {
         let mut block = Box::new(MapBlock::ABSENT);
         let mut generations = [None; SECTORS];
         for (at, sector) in bytes.chunks_exact(SECTOR).enumerate() {
-            if sector.iter().all(|byte| *byte == 0) {
+            if is_zero(sector) {
                 continue;
             }
             let word = |at: usize| {

@@ -15,7 +15,7 @@ use super::map::{BLOCK_PAGES, MapBlock, Place, Side, Slot, Version, choose};
 use super::medium::{Folder, Sharing};
 use super::record::{BLOCK, BLOCK_LEN, LAST_GENERATION, Purpose, Record, RecordPair};
 use crate::error::{SpaceError, StoreError};
-use crate::page::{ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSize};
+use crate::page::{ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSize, is_zero};
 
 pub(super) const MAGIC: [u8; 8] = *b"OFFSOVL\0";
 const MAP_AT: u64 = 2 * BLOCK_LEN;
@@ -323,7 +323,7 @@ impl Overlay {
             self.file.read(slot_at(first, Side::A), &mut bytes[..here * 2 * BLOCK])?;
             for (number, slots) in (first..).zip(bytes[..here * 2 * BLOCK].chunks_exact(2 * BLOCK)) {
                 // Most of a large disk's map is holes.
-                if slots.iter().all(|byte| *byte == 0) {
+                if is_zero(slots) {
                     continue;
                 }
                 let start = PageIndex::new(number * BLOCK_PAGES);

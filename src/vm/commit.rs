@@ -7,7 +7,7 @@ use super::{IllegalState, Vm, VmStatus};
 use crate::backing::Backing;
 use crate::disk::AnySpace;
 use crate::error::SpaceError;
-use crate::page::PageRange;
+use crate::page::{PageRange, is_zero};
 
 /// Why a clone was not committed. Both VMs are as they were.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +85,7 @@ fn take_over(to: &dyn AnySpace, from: &dyn AnySpace) -> Result<(), SpaceError> {
     for page in from.dirty()?.pages() {
         let at = size.start_of(page);
         from.read(at, &mut bytes)?;
-        if bytes.iter().all(|byte| *byte == 0) {
+        if is_zero(&bytes) {
             to.zero(PageRange::one(page))?;
         } else {
             to.write(at, &bytes)?;

@@ -12,7 +12,7 @@ use crate::backing::{Sealed, Tree};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSet};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageRange, PageSet, is_zero};
 
 /// An immutable image on the heap.
 pub struct HeapImage<B: PageBody>(Arc<Inner<B>>);
@@ -165,7 +165,7 @@ impl<B: PageBody> Sealed for HeapImage<B> {
                     PageState::Data(data) => Page::copy_of(size, data, charge()?),
                     _ => {
                         self.read_base(size.start_of(page), &mut bytes)?;
-                        if bytes.iter().all(|byte| *byte == 0) {
+                        if is_zero(&bytes) {
                             continue;
                         }
                         Page::from_bytes(size, &bytes, charge()?)

@@ -17,7 +17,7 @@ use crate::backing::Tree;
 use crate::error::SpaceError;
 use crate::image::Source;
 use crate::overlay::{Index, PageRef, PageState};
-use crate::page::{ByteSize, Geometry, PageIndex, PageRange, PageSet, PageSize};
+use crate::page::{ByteSize, Geometry, PageIndex, PageRange, PageSet, PageSize, is_zero};
 use crate::sync::OnceLock;
 use crate::sys::error::SysError;
 use crate::sys::mapping::Mapping;
@@ -292,11 +292,6 @@ pub(super) fn in_batches(run: PageRange) -> impl Iterator<Item = PageRange> {
         let to = at.saturating_add(BATCH as u64).min(end);
         PageRange::from_bounds(PageIndex::new(at), PageIndex::new(to))
     })
-}
-
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<16>();
-    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }
 
 /// Pages of a space as pages of the kernel's.

@@ -47,7 +47,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use self::copy_back::SecondView;
 use self::image::is_hole;
-use self::layer::{HOST_PAGE, Layer, Version, host_pages, is_zero, space_pages};
+use self::layer::{HOST_PAGE, Layer, Version, host_pages, space_pages};
 use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
 use super::{Backing, Prefault, Prefaulted, Sealed, Tree, WorkingSet};
@@ -55,7 +55,7 @@ use crate::account::Usage;
 use crate::error::{SpaceError, SystemError};
 use crate::image::Source;
 use crate::overlay::{Index, PageState};
-use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet};
+use crate::page::{ByteOffset, ByteSize, Geometry, GuestAddress, PageCount, PageRange, PageSet, is_zero};
 use crate::ram::{Ram, RamLayout};
 #[cfg(feature = "kvm")]
 use crate::sys::mapping::KeptRange;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use super::import::{Input, PIECE, data_runs, is_zero, pieces};
+use super::import::{Input, PIECE, data_runs, pieces};
 use super::output::{Output, PartFile};
 use super::policy::is_protocol;
 use super::qcow2_header::LONGEST_NAME;
@@ -14,7 +14,7 @@ use crate::backing::Sealed;
 use crate::disk::{Disk, DiskImage};
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, PageSet, PageSize, SECTOR_SIZE};
+use crate::page::{ByteOffset, ByteSize, PageSet, PageSize, SECTOR_SIZE, is_zero};
 
 /// Size of a qcow2 cluster: a power of two from 4 KiB to 2 MiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -201,6 +201,19 @@ fn write_raw(
     })
 }
 
+/// The blocks of `size` bytes that are not all zeroes, by number.
+fn data_blocks(
+    input: &impl Input,
+    size: u64,
+    watch: &mut Watch<'_>,
+    mut put: impl FnMut(u64, &[u8]) -> Result<(), FormatError>,
+) -> Result<(), FormatError> {
+    pieces(input, size, watch, |at, bytes| {
+        let blocks = (at / size..).zip(bytes.chunks_exact(size as usize));
+        blocks.filter(|(_, bytes)| !is_zero(bytes)).try_for_each(|(i, bytes)| put(i, bytes))
+    })
+}
+
 fn write_qcow2(
     input: &impl Input,
     target: &Path,
@@ -212,13 +225,7 @@ fn write_qcow2(
     let io = |error| FormatError::io(target, error);
     let mut writer = Qcow2Writer::new(out, cluster, sectors_len(input.source(), target)?, None)
         .ok_or_else(|| FormatError::refused(target, TOO_SMALL_CLUSTERS))?;
-    pieces(input, cluster, watch, |at, bytes| {
-        let clusters = bytes.chunks_exact(cluster as usize).enumerate().filter(|(_, bytes)| !is_zero(bytes));
-        clusters
-            .map(|(i, bytes)| (at / cluster + i as u64, bytes))
-            .try_for_each(|(i, bytes)| writer.data(i, bytes))
-            .map_err(io)
-    })?;
+    data_blocks(input, cluster, watch, |i, bytes| writer.data(i, bytes).map_err(io))?;
     writer.finish().map_err(io)
 }
 
@@ -235,13 +242,7 @@ fn write_vmdk(
     let name = name.ok_or_else(|| refused("a VMDK has its name in it: plain UTF-8 without quotes, below 256 bytes"))?;
     let mut writer = VmdkWriter::new(out, sectors_len(input.source(), target)?, name)
         .ok_or_else(|| refused("a VMDK reaches no further than 2 TiB: use qcow2 or raw"))?;
-    pieces(input, GRAIN, watch, |at, bytes| {
-        let grains = bytes.chunks_exact(GRAIN as usize).enumerate().filter(|(_, bytes)| !is_zero(bytes));
-        grains
-            .map(|(i, bytes)| (at / GRAIN + i as u64, bytes))
-            .try_for_each(|(i, bytes)| writer.data(i, bytes))
-            .map_err(io)
-    })?;
+    data_blocks(input, GRAIN, watch, |i, bytes| writer.data(i, bytes).map_err(io))?;
     writer.finish().map_err(io)
 }
 

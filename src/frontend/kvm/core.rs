@@ -106,7 +106,7 @@ fn run_nowhere(vcpu: &mut VcpuFd, index: VcpuIndex) -> Result<(), KvmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::kvm::{Devices, KvmHost, VmBuilder};
+    use crate::frontend::kvm::{Devices, VmBuilder};
     use crate::sys::kvm::Plain;
 
     fn same(one: &kvm_sync_regs, two: &kvm_sync_regs) -> bool {
@@ -116,15 +116,7 @@ mod tests {
 
     #[test]
     fn both_ways_move_the_same() {
-        let host = match KvmHost::open() {
-            Ok(host) => host,
-            Err(error) => {
-                let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-                assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-                eprintln!("SKIPPED: {error}");
-                return;
-            }
-        };
+        let Some(host) = crate::frontend::kvm::host::or_skip() else { return };
         let built = VmBuilder::new(&host).and_then(|vm| vm.devices(Devices::NONE));
         let mut machine = built.and_then(|vm| vm.vcpus(1)).unwrap();
         let (vcpu, index) = (&mut machine.vcpus_mut()[0], VcpuIndex::new(0));

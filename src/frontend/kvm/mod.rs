@@ -23,22 +23,24 @@
 //!
 //! # A clone from nothing to its first instruction
 //!
+//! From a `state` that [`MachineState::capture`] read, once per fork point:
+//!
 //! ```no_run
-//! use std::sync::Arc;
 //! use offshoot::frontend::kvm::{AnonymousRam, DirtyLog, KvmHost, MachineState, SlotNumber, VmBuilder};
 //! use offshoot::page::{ByteSize, GuestAddress};
-//! # fn captured() -> Arc<MachineState> { unimplemented!() }
 //!
+//! # fn first_exit(state: &MachineState) -> Result<(), Box<dyn std::error::Error>> {
 //! let host = KvmHost::open()?;                        // once per process
-//! let state = captured();                             // once per fork point, see `MachineState::capture`
 //! let ram = AnonymousRam::new(ByteSize::mib(1))?;     // a clone's RAM
 //! let mut clone = VmBuilder::new(&host)?
 //!     .ram(SlotNumber::new(0), GuestAddress::new(0), ram, DirtyLog::Off)?
 //!     .devices(state.devices())?
 //!     .vcpus(state.vcpu_count())?;
-//! clone.restore(&host, &state)?;
-//! let first_exit = clone.vcpus_mut()[0].run();
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! clone.restore(&host, state)?;
+//! let first_exit = clone.vcpus_mut()[0].run()?;
+//! # let _ = first_exit;
+//! # Ok(())
+//! # }
 //! ```
 
 mod build;

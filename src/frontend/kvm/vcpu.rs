@@ -307,15 +307,7 @@ mod tests {
     /// What `load` leaves out for a fresh vCPU is right only while a fresh vCPU holds exactly that.
     #[test]
     fn a_fresh_vcpu_holds_what_load_leaves_out() {
-        let host = match KvmHost::open() {
-            Ok(host) => host,
-            Err(error) => {
-                let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-                assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-                eprintln!("SKIPPED: {error}");
-                return;
-            }
-        };
+        let Some(host) = crate::frontend::kvm::host::or_skip() else { return };
         for irqchips in [Irqchips::Absent, Irqchips::InKernel] {
             let devices = Devices { irqchips, pit: Pit::Absent, clock: Clock::Left };
             let mut machine =
