@@ -107,6 +107,8 @@ pub use vm::{
 };
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::{LivePolicy, OnExceeded};
+#[cfg(all(feature = "store", unix))]
+pub use vm::{Reading, SavedError};
 
 /// The README's example is compiled with the tests.
 #[cfg(doctest)]

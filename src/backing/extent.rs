@@ -3,7 +3,7 @@
 //! Knows page ranges and indexes, and not what holds a page.
 
 use crate::overlay::{Index, PageRef, PageState};
-use crate::page::{PageIndex, PageRange};
+use crate::page::{PageIndex, PageRange, PageSet};
 
 /// Where the bytes of some pages come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,4 +60,12 @@ fn push(extents: &mut Vec<Extent>, next: Extent) {
         }
         _ => extents.push(next),
     }
+}
+
+/// The pages of `range` that may hold anything but zeroes.
+pub(crate) fn data_of<P: PageRef>(index: &Index<P>, range: PageRange, base_end: PageIndex) -> PageSet {
+    let mut pages = PageSet::new();
+    let extents = extents_of(index, range, base_end);
+    extents.iter().filter(|extent| extent.state != Allocation::Zero).for_each(|extent| pages.push(extent.pages));
+    pages
 }

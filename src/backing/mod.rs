@@ -15,8 +15,8 @@ mod heap;
 mod mapped;
 mod working_set;
 
-pub(crate) use extent::extents_of;
 pub use extent::{Allocation, Extent};
+pub(crate) use extent::{data_of, extents_of};
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -282,6 +282,14 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     /// # Errors
     /// [`SpaceError::MappingLimit`], or what the system refuses.
     fn spawn(&self) -> Result<Self::Live, SpaceError>;
+
+    /// The pages that may hold anything but zeroes: what a copy of the image need look at. All of them, where the backing cannot tell. Costs by extents.
+    ///
+    /// # Errors
+    /// What the system refuses: the mapped backing asks the kernel.
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        Ok(PageSet::from(self.geometry().all()))
+    }
 
     /// Kernel mappings that a live space begins with, for admission to count. None, unless the kernel shares the pages.
     fn clone_mappings(&self) -> u64 {

@@ -15,7 +15,7 @@ use super::overlay::Shape;
 use super::record::BLOCK;
 use super::sealed::{Progress, Verified, Writer};
 use crate::account::{Charge, Item};
-use crate::backing::Sealed;
+use crate::backing::{Sealed, data_of};
 use crate::error::{SpaceError, StoreError};
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
@@ -359,6 +359,10 @@ impl Sealed for DurableImage {
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))
+    }
+
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        Ok(data_of(&self.0.index, self.0.shape.geometry.all(), self.base_pages().end()))
     }
 
     fn flatten(&self) -> Result<Self, SpaceError> {

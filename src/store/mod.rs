@@ -52,15 +52,20 @@ mod overlay;
 mod presence;
 mod ranges;
 mod record;
+mod saved;
 mod sealed;
 
 #[cfg(feature = "store")]
 pub use clones::{
-    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SpaceUsed, StoreOptions,
+    CloneError, CloneInfo, CloneName, CloneStore, Health, Job, Kind, Problem, Repaired, SavedInfo, SpaceUsed,
+    StoreOptions,
 };
+#[cfg(feature = "store")]
+pub(crate) use clones::{NewSaved, StoreTag};
 pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
-pub use id::{DiskId, LayerId};
+pub use id::{DiskId, LayerId, SavedId};
 pub use image::{DurableImage, LayerInfo};
 pub use medium::{Folder, Medium, Sharing, open_folder};
+pub use saved::{Manifest, SavedAccess, SavedDisk, SavedRegion};
 pub use sealed::{Progress, Verified};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::page::{Page, PageBody};
 use super::{Heap, PageArc};
 use crate::account::{Charge, Item};
-use crate::backing::{Sealed, Tree};
+use crate::backing::{Sealed, Tree, data_of};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
@@ -146,6 +146,10 @@ impl<B: PageBody> Sealed for HeapImage<B> {
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))
+    }
+
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        Ok(data_of(&self.0.index, self.0.geometry.all(), self.base_end()))
     }
 
     fn flatten(&self) -> Result<Self, SpaceError> {

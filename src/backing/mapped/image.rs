@@ -277,6 +277,10 @@ impl Sealed for MappedImage {
         Ok(self.0.index.diff(&other.0.index))
     }
 
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        self.data_in(&PageSet::from(self.0.geometry.all()))
+    }
+
     fn flatten(&self) -> Result<Self, SpaceError> {
         let (tree, geometry) = (&self.0.tree, self.0.geometry);
         merge::check_whole(tree.limits())?;
