@@ -272,10 +272,8 @@ impl Catalogue {
                 };
             }
             if !change.saved.is_empty() {
-                write
-                    .open_table(META)
-                    .and_then(|mut meta| Ok(drop(meta.insert("features", FEATURE_SAVED)?)))
-                    .map_err(failed)?;
+                let mut meta = write.open_table(META).map_err(failed)?;
+                meta.insert("features", FEATURE_SAVED).map_err(failed)?;
                 let mut saved = write.open_table(SAVED).map_err(failed)?;
                 for (name, record) in &change.saved {
                     match record {

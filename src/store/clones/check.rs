@@ -102,8 +102,7 @@ impl CloneStore {
                 problems.push(Problem::File { error: error.clone() });
             }
         }
-        let (saved, wrong) = self.check_saved(&catalogue, &rows)?;
-        problems.extend(wrong);
+        let saved = self.check_saved(&catalogue, &rows, &mut problems)?;
         layers.extend(saved.values().flatten());
         for layer in layers {
             if !files_of(layer).iter().any(|file| names.contains(file)) {

@@ -180,20 +180,21 @@ impl CloneStore {
         self.apply(catalogue, change, Sweep::Yes)
     }
 
-    /// The layers that saved VMs need, and what is wrong with their manifests.
+    /// The layers that saved VMs need. What is wrong with their manifests goes to `problems`.
     pub(super) fn check_saved(
         &self,
         catalogue: &Catalogue,
         rows: &BTreeMap<LayerId, LayerRecord>,
-    ) -> Result<(BTreeMap<CloneName, BTreeSet<LayerId>>, Vec<Problem>), CloneError> {
-        let (mut layers, mut problems) = (BTreeMap::new(), Vec::new());
+        problems: &mut Vec<Problem>,
+    ) -> Result<BTreeMap<CloneName, BTreeSet<LayerId>>, CloneError> {
+        let mut layers = BTreeMap::new();
         for (name, record) in catalogue.saved()? {
             if let Err(error) = self.manifest(&record) {
                 problems.push(Problem::File { error });
             }
             layers.insert(name, closure(rows, record.tops));
         }
-        Ok((layers, problems))
+        Ok(layers)
     }
 }
 
