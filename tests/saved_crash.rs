@@ -38,7 +38,7 @@ impl Player {
     fn step(&mut self, dice: &mut Dice) -> (World, Result<(), SavedError>) {
         let mut after = self.world.clone();
         let text = format!("n{}", dice.below(4));
-        let job = Job::new(&self.threads);
+        let job = Job::new();
         if after.remove(&text).is_some() {
             return (after, self.store.delete(&name(&text)).map_err(SavedError::from));
         }
@@ -84,7 +84,7 @@ fn contents(store: &CloneStore) -> Result<World, String> {
         if info.health != Health::Whole {
             return Err(format!("{text} is {:?}", info.health));
         }
-        let point = ForkPoint::<Heap>::load(store, &info.name, Reading::OnDemand, &Job::new(&threads));
+        let point = ForkPoint::<Heap>::load(store, &info.name, Reading::OnDemand, &threads, &Job::new());
         let point = point.map_err(|error| format!("{text}: {error}"))?;
         world.insert(text.clone(), flat(&point).map_err(|error| format!("{text}: {error}"))?);
     }
@@ -113,7 +113,7 @@ fn check_state(state: &Recorder, step: &Step) -> Result<(), String> {
     // And it goes on.
     let mut machine = Machine::<Heap>::small(vec![2]);
     let fresh = machine.fork();
-    fresh.save(&store, &name("after the cut"), &Job::new(&threads)).map_err(|error| error.to_string())?;
+    fresh.save(&store, &name("after the cut"), &threads, &Job::new()).map_err(|error| error.to_string())?;
     let mut want = found;
     want.insert("after the cut".into(), flat(&fresh).map_err(|error| error.to_string())?);
     if contents(&store)? == want { Ok(()) } else { Err("something is lost by going on".into()) }

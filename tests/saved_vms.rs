@@ -69,7 +69,7 @@ fn what_was_saved_comes_back<B: Backing>() {
                 let mut third = Machine::of(&point);
                 third.mess(&mut dice);
                 let next = third.fork();
-                next.save_since(&point, &store, &name("next"), &Job::new(&threads(1))).unwrap();
+                next.save_since(&point, &store, &name("next"), &threads(1), &Job::new()).unwrap();
                 let want = flat(&next).unwrap();
                 drop((next, third));
                 assert_eq!(flat(&load::<B>(&store, "next", reading)).unwrap(), want);
@@ -98,7 +98,7 @@ fn larger_pages_come_back() {
     assert_eq!(flat(&again).unwrap(), flat(&point).unwrap());
     assert_eq!(again.ram_layout().geometry().page_size(), size);
     // A backing that does not have them says so.
-    let refused = ForkPoint::<Heap>::load(&store, &name("large"), Reading::Now, &Job::new(&threads(1)));
+    let refused = ForkPoint::<Heap>::load(&store, &name("large"), Reading::Now, &threads(1), &Job::new());
     assert!(matches!(refused, Err(SavedError::Space(SpaceError::PageSize { .. }))));
 }
 
@@ -125,7 +125,7 @@ fn the_parent_runs_on_while_it_is_saved<B: Backing>() {
     let machine = Mutex::new(machine);
     let told = Mutex::new(Vec::new());
     let threads = threads(2);
-    let job = Job::new(&threads);
+    let job = Job::new();
     let tell = |progress: offshoot::store::Progress| {
         told.lock().unwrap().push((progress.done.get(), progress.total.get()));
         let mut machine = machine.lock().unwrap();
@@ -149,7 +149,7 @@ fn what_is_given_up_leaves_nothing() {
     let point = machine.fork();
     let before = temp.files("");
     let threads = threads(2);
-    let job = Job::new(&threads);
+    let job = Job::new();
     // Given up at the first word, and at each later one.
     for words in 0.. {
         let left = Mutex::new(words);
@@ -182,7 +182,7 @@ fn a_chain_of_saves_holds_every_instant<B: Backing>() {
     let temp = Temp::new("chain");
     let mut store = open(&temp);
     let threads = threads(2);
-    let job = Job::new(&threads);
+    let job = Job::new();
     let mut dice = Dice::new(6);
     let mut machine = Machine::<B>::small(vec![]);
     machine.mess(&mut dice);
@@ -236,7 +236,7 @@ fn a_save_since_nothing_is_whole() {
     let (temp, other) = (Temp::new("since"), Temp::new("since-other"));
     let (store, other) = (open(&temp), open(&other));
     let threads = threads(1);
-    let job = Job::new(&threads);
+    let job = Job::new();
     let mut dice = Dice::new(7);
     let mut machine = Machine::<Heap>::small(vec![]);
     machine.mess(&mut dice);
@@ -303,7 +303,7 @@ fn a_copy_needs_nothing_else() {
     let (temp, other) = (Temp::new("copy"), Temp::new("copy-to"));
     let (store, to) = (open(&temp), open(&other));
     let threads = threads(2);
-    let job = Job::new(&threads);
+    let job = Job::new();
     let mut dice = Dice::new(8);
     let mut machine = Machine::<Heap>::new(&store, PageSize::KIB_4, vec![4; 400]);
     machine.mess(&mut dice);
@@ -335,7 +335,7 @@ fn a_missing_layer_degrades_and_is_named() {
     let gone = manifest.ram.unwrap();
     std::fs::rename(temp.0.join(format!("{gone}.layer")), temp.0.join("aside")).unwrap();
     assert_eq!(store.list_saved().unwrap()[0].health, Health::Degraded { missing: vec![gone] });
-    let refused = ForkPoint::<Heap>::load(&store, &name("one"), Reading::OnDemand, &Job::new(&threads(1))).unwrap_err();
+    let refused = ForkPoint::<Heap>::load(&store, &name("one"), Reading::OnDemand, &threads(1), &Job::new()).unwrap_err();
     assert!(
         matches!(&refused, SavedError::Store(CloneError::Degraded { missing, .. }) if *missing == [gone]),
         "{refused}"
@@ -370,9 +370,9 @@ fn a_flipped_bit_in_ram_is_named<B: Backing>() {
     assert!(recorder.flip(&file, ByteOffset::new(2 * PAGE + 77), 5));
     let threads = threads(2);
     let is_named = |error: &SpaceError| matches!(error, SpaceError::Store(StoreError::DamagedPage { file: named, page }) if **named == *file && page.get() == 12);
-    let refused = ForkPoint::<B>::load(&store, &name("one"), Reading::Now, &Job::new(&threads)).unwrap_err();
+    let refused = ForkPoint::<B>::load(&store, &name("one"), Reading::Now, &threads, &Job::new()).unwrap_err();
     assert!(matches!(&refused, SavedError::Space(error) if is_named(error)), "{refused}");
-    match ForkPoint::<B>::load(&store, &name("one"), Reading::OnDemand, &Job::new(&threads)) {
+    match ForkPoint::<B>::load(&store, &name("one"), Reading::OnDemand, &threads, &Job::new()) {
         // The backing has copied everything.
         Err(refused) => assert!(matches!(&refused, SavedError::Space(error) if is_named(error)), "{refused}"),
         Ok(point) => {
@@ -426,7 +426,7 @@ fn a_flipped_bit_in_a_manifest_is_found() {
 fn limits_are_named() {
     let temp = Temp::new("limits");
     let (threads, limits) = (threads(1), Limits { device_state: ByteSize::new(100), ..Limits::default() });
-    let job = Job::new(&threads);
+    let job = Job::new();
     let store = CloneStore::open(&temp.0, StoreOptions::default().tree(&Tree::new(limits))).unwrap();
     let mut machine = Machine::<Heap>::small(vec![0; 101]);
     let point = machine.fork();

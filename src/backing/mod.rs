@@ -16,7 +16,7 @@ mod mapped;
 mod working_set;
 
 pub use extent::{Allocation, Extent};
-pub(crate) use extent::{data_of, extents_of};
+pub(crate) use extent::{extents_of, next_data_in};
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -282,14 +282,6 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     /// # Errors
     /// [`SpaceError::MappingLimit`], or what the system refuses.
     fn spawn(&self) -> Result<Self::Live, SpaceError>;
-
-    /// The pages that may hold anything but zeroes: what a copy of the image need look at. All of them, where the backing cannot tell. Costs by extents.
-    ///
-    /// # Errors
-    /// What the system refuses: the mapped backing asks the kernel.
-    fn data(&self) -> Result<PageSet, SpaceError> {
-        Ok(PageSet::from(self.geometry().all()))
-    }
 
     /// Kernel mappings that a live space begins with, for admission to count. None, unless the kernel shares the pages.
     fn clone_mappings(&self) -> u64 {

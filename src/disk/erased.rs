@@ -10,10 +10,7 @@ use std::sync::Arc;
 use crate::account::Usage;
 use crate::backing::{Backing, Cut, Deferred, Extent, Sealed};
 use crate::error::SpaceError;
-#[cfg(all(feature = "store", unix))]
 use crate::image::Source;
-#[cfg(all(feature = "store", unix))]
-use crate::page::PageSize;
 use crate::page::{ByteOffset, Geometry, PageCount, PageRange, PageSet};
 
 /// [`Backing`] without its type.
@@ -39,15 +36,10 @@ pub(crate) trait AnyCut {
 }
 
 /// [`Sealed`] without its type.
-pub(crate) trait AnySealed: Any + Send + Sync + fmt::Debug {
+pub(crate) trait AnySealed: Any + Source + fmt::Debug {
+    fn geometry(&self) -> Geometry;
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError>;
     fn clone_mappings(&self) -> u64;
-    #[cfg(all(feature = "store", unix))]
-    fn source(&self) -> &dyn Source;
-    #[cfg(all(feature = "store", unix))]
-    fn data(&self) -> Result<PageSet, SpaceError>;
-    #[cfg(all(feature = "store", unix))]
-    fn page_size(&self) -> PageSize;
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError>;
     fn flatten(&self) -> Result<Arc<dyn AnySealed>, SpaceError>;
     fn merge_onto(&self, ancestor: &dyn AnySealed) -> Result<Arc<dyn AnySealed>, SpaceError>;
@@ -126,27 +118,16 @@ fn typed<S: Sealed>(other: &dyn AnySealed) -> Result<&S, SpaceError> {
 }
 
 impl<S: Sealed> AnySealed for S {
+    fn geometry(&self) -> Geometry {
+        Sealed::geometry(self)
+    }
+
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError> {
         Ok(Box::new(Sealed::spawn(self)?))
     }
 
     fn clone_mappings(&self) -> u64 {
         Sealed::clone_mappings(self)
-    }
-
-    #[cfg(all(feature = "store", unix))]
-    fn source(&self) -> &dyn Source {
-        self
-    }
-
-    #[cfg(all(feature = "store", unix))]
-    fn data(&self) -> Result<PageSet, SpaceError> {
-        Sealed::data(self)
-    }
-
-    #[cfg(all(feature = "store", unix))]
-    fn page_size(&self) -> PageSize {
-        Sealed::geometry(self).page_size()
     }
 
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError> {

@@ -45,6 +45,7 @@ mod flush;
 mod head;
 mod id;
 mod image;
+mod job;
 mod layer;
 mod map;
 mod medium;
@@ -57,15 +58,16 @@ mod sealed;
 
 #[cfg(feature = "store")]
 pub use clones::{
-    CloneError, CloneInfo, CloneName, CloneStore, Health, Job, Kind, Problem, Repaired, SavedInfo, SpaceUsed,
+    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SavedInfo, SpaceUsed,
     StoreOptions,
 };
 #[cfg(feature = "store")]
-pub(crate) use clones::{NewSaved, StoreTag};
+pub(crate) use clones::{NewSaved, StoreTag, data_pages};
 pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
 pub use id::{DiskId, LayerId, SavedId};
 pub use image::{DurableImage, LayerInfo};
+pub use job::{Cancel, Job};
 pub use medium::{Folder, Medium, Sharing, open_folder};
 pub use saved::{Manifest, SavedAccess, SavedDisk, SavedRegion};
 pub use sealed::{Progress, Verified};

@@ -184,11 +184,11 @@ impl<B: Backing> Machine<B> {
 }
 
 pub fn save<B: Backing>(point: &ForkPoint<B>, store: &CloneStore, text: &str) -> offshoot::store::Manifest {
-    point.save(store, &name(text), &Job::new(&threads(2))).expect("it is saved")
+    point.save(store, &name(text), &threads(2), &Job::new()).expect("it is saved")
 }
 
 pub fn load<B: Backing>(store: &CloneStore, text: &str, reading: Reading) -> ForkPoint<B> {
-    ForkPoint::load(store, &name(text), reading, &Job::new(&threads(2))).expect("it comes back")
+    ForkPoint::load(store, &name(text), reading, &threads(2), &Job::new()).expect("it comes back")
 }
 
 /// A store elsewhere, for disks that do not lie in the one that is tested.

@@ -3,12 +3,13 @@
 //! Nothing here writes a page: an image gives out its index, and pages are written only through a live table.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::page::{Page, PageBody};
 use super::{Heap, PageArc};
 use crate::account::{Charge, Item};
-use crate::backing::{Sealed, Tree, data_of};
+use crate::backing::{Sealed, Tree, next_data_in};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
@@ -130,6 +131,10 @@ impl<B: PageBody> Source for HeapImage<B> {
         // A live space over this image that nobody writes reads exactly as the image.
         super::State::over(self.clone()).read(at, buf)
     }
+
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        next_data_in(&self.0.index, self.0.geometry.page_size(), self.0.base.as_deref(), at)
+    }
 }
 
 impl<B: PageBody> Sealed for HeapImage<B> {
@@ -146,10 +151,6 @@ impl<B: PageBody> Sealed for HeapImage<B> {
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))
-    }
-
-    fn data(&self) -> Result<PageSet, SpaceError> {
-        Ok(data_of(&self.0.index, self.0.geometry.all(), self.base_end()))
     }
 
     fn flatten(&self) -> Result<Self, SpaceError> {

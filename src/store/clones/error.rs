@@ -95,9 +95,6 @@ pub enum CloneError {
     /// A disk or image of another directory.
     #[error("the disk does not lie in this store: open it through the store, or fork one that was")]
     OtherStore,
-    /// The caller gave the work up. What it had made is removed.
-    #[error("given up by its caller: nothing was changed")]
-    Cancelled,
     /// Somebody rewrote or deleted it while a call was working on it.
     #[error("`{name}` was rewritten or deleted meanwhile: try again")]
     Changed {

@@ -1,69 +1,21 @@
 //! Copying many pages of a source into a sealed layer: pages are read, compared with zero and summed on the caller's threads while those before them are
 //! written.
 
-use std::ops::ControlFlow;
-
 use rayon::prelude::*;
 
 use super::create::{Zeroes, read_padded};
-use super::error::CloneError;
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{PageCount, PageIndex, PageRange, PageSet, is_zero};
+use crate::page::{PageIndex, PageRange, PageSet, is_zero};
+use crate::store::id::LayerId;
+use crate::store::job::Job;
 use crate::store::record::BLOCK;
-use crate::store::sealed::{Progress, Writer};
+use crate::store::sealed::Writer;
 
 /// Pages that are held at once, twice.
 const BATCH: u64 = 1024;
 /// Pages that one thread reads at a time.
 const PIECE: u64 = 64;
-
-/// The threads that a long call works on, and whom it tells how far it has come.
-///
-/// ```
-/// use offshoot::store::Job;
-/// use std::ops::ControlFlow;
-/// let threads = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
-/// let quiet = Job::new(&threads);
-/// let told = quiet.telling(&|progress| {
-///     println!("{} of {} pages", progress.done, progress.total);
-///     ControlFlow::Continue(()) // Break(()) gives the work up
-/// });
-/// # let _ = told;
-/// # Ok::<(), rayon::ThreadPoolBuildError>(())
-/// ```
-#[derive(Clone, Copy)]
-pub struct Job<'a> {
-    pub(crate) threads: &'a rayon::ThreadPool,
-    progress: Option<&'a (dyn Fn(Progress) -> ControlFlow<()> + Sync)>,
-}
-
-impl std::fmt::Debug for Job<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Job").field("threads", &self.threads.current_num_threads()).finish_non_exhaustive()
-    }
-}
-
-impl<'a> Job<'a> {
-    /// Works on these threads.
-    pub fn new(threads: &'a rayon::ThreadPool) -> Self {
-        Self { threads, progress: None }
-    }
-
-    /// Tells how far it has come, on any of the threads, some hundred pages at a time. An answer of `Break` gives the work up: the call fails with
-    /// [`CloneError::Cancelled`], and what it had made is removed. Must not use the store.
-    #[must_use]
-    pub fn telling(self, progress: &'a (dyn Fn(Progress) -> ControlFlow<()> + Sync)) -> Self {
-        Self { progress: Some(progress), ..self }
-    }
-
-    pub(crate) fn tell(&self, done: PageCount, total: PageCount) -> Result<(), CloneError> {
-        match self.progress.map(|tell| tell(Progress { done, total })) {
-            Some(ControlFlow::Break(())) => Err(CloneError::Cancelled),
-            _ => Ok(()),
-        }
-    }
-}
 
 /// Pages that are read and not yet written.
 #[derive(Default)]
@@ -140,26 +92,28 @@ fn pieces_of(pages: &PageSet) -> impl Iterator<Item = PageRange> + '_ {
     })
 }
 
-/// Copies pages of 4 KiB. `before` of `total` were done by the caller already. Holds 8 MiB.
+/// Copies pages of 4 KiB into the layer of this id. Holds 8 MiB.
 pub(super) fn gather(
     source: &dyn Source,
     pages: &PageSet,
     zeroes: Zeroes,
-    writer: &mut Writer,
-    (job, before, total): (&Job<'_>, PageCount, PageCount),
-) -> Result<(), CloneError> {
+    (id, writer): (LayerId, &mut Writer),
+    threads: &rayon::ThreadPool,
+    job: &Job<'_>,
+) -> Result<(), SpaceError> {
     let mut pieces = pieces_of(pages);
     let (mut ready, mut ahead) = (Batch::default(), Batch::default());
-    let mut done = before;
+    let (mut done, total) = (0, pages.count().get());
+    job.step(id, done, total)?;
     ready.next(&mut pieces);
-    job.threads.install(|| ready.read(source))?;
+    threads.install(|| ready.read(source))?;
     while ready.pages > 0 {
         ahead.next(&mut pieces);
-        let (written, read) = job.threads.join(|| ready.write(zeroes, writer), || ahead.read(source));
+        let (written, read) = threads.join(|| ready.write(zeroes, writer), || ahead.read(source));
         written?;
         read?;
-        done = done.saturating_add(PageCount::new(ready.pages));
-        job.tell(done, total)?;
+        done += ready.pages;
+        job.step(id, done, total)?;
         std::mem::swap(&mut ready, &mut ahead);
     }
     Ok(())

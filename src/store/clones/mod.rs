@@ -25,11 +25,10 @@ mod saved;
 
 pub use check::{Problem, Repaired};
 pub use error::CloneError;
-pub use gather::Job;
 pub use list::{CloneInfo, Health, SpaceUsed};
 pub use record::{CloneName, Kind};
 pub use saved::SavedInfo;
-pub(crate) use saved::{NewSaved, StoreTag};
+pub(crate) use saved::{NewSaved, StoreTag, data_pages};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

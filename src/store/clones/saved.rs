@@ -10,7 +10,7 @@ use parking_lot::RwLockReadGuard;
 
 use super::catalogue::{Catalogue, Change};
 use super::create::Zeroes;
-use super::gather::{Job, gather};
+use super::gather::gather;
 use super::layers::{chain, closure, files_of, rows_for};
 use super::list::Health;
 use super::record::{LayerRecord, SavedRecord, shape_of};
@@ -18,9 +18,10 @@ use super::{CloneError, CloneName, CloneStore, Inner, Problem, Sweep};
 use crate::backing::Sealed;
 use crate::error::{SpaceError, StoreError};
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageSet, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet, PageSize};
 use crate::store::id::{LAYER, LayerId, SavedId};
 use crate::store::image::DurableImage;
+use crate::store::job::Job;
 use crate::store::saved::{self, Manifest};
 use crate::store::sealed::Writer;
 
@@ -103,12 +104,13 @@ impl CloneStore {
     /// another machine or an archive. `self` is not changed. Costs a read and a write of what is not zero.
     ///
     /// # Errors
-    /// [`CloneError::Unknown`], [`CloneError::Exists`], [`CloneError::Degraded`], [`CloneError::Cancelled`]; damage, with file and page. What was made is removed.
+    /// [`CloneError::Unknown`], [`CloneError::Exists`], [`CloneError::Degraded`], [`StoreError::Cancelled`]; damage, with file and page. What was made is removed.
     pub fn copy_saved(
         &self,
         name: &CloneName,
         to: &Self,
         new_name: &CloneName,
+        threads: &rayon::ThreadPool,
         job: &Job<'_>,
     ) -> Result<Manifest, CloneError> {
         let mut manifest = self.open_manifest(name)?;
@@ -118,17 +120,14 @@ impl CloneStore {
         let spaces = spaces.chain(manifest.disks.iter().map(|disk| (disk.layer, disk.pages)));
         let images = spaces.map(|(top, pages)| self.open_saved_image(name, top, pages));
         let images = images.collect::<Result<Vec<_>, _>>()?;
-        let data = images.iter().map(Sealed::data).collect::<Result<Vec<_>, _>>()?;
-        let total = PageCount::new(data.iter().map(|pages| pages.count().get()).sum());
         let mut new = to.new_saved(new_name)?;
-        let (mut done, mut tops) = (PageCount::ZERO, Vec::with_capacity(images.len()));
-        for (image, pages) in images.iter().zip(&data) {
-            let len = Sealed::geometry(image).pages();
+        let mut tops = Vec::with_capacity(images.len());
+        for image in &images {
+            let (len, pages) = (Sealed::geometry(image).pages(), data_pages(image)?);
             tops.push(match pages.is_empty() {
                 true => None,
-                false => Some(new.layer(image, len, pages, None, (job, done, total))?),
+                false => Some(new.layer(image, len, &pages, None, threads, job)?),
             });
-            done = done.saturating_add(pages.count());
         }
         let mut tops = tops.into_iter();
         manifest.ram = tops.next().flatten();
@@ -198,6 +197,17 @@ impl CloneStore {
     }
 }
 
+/// The pages of 4 KiB that may hold anything but zeroes.
+pub(crate) fn data_pages(source: &dyn Source) -> Result<PageSet, SpaceError> {
+    let (mut pages, mut at) = (PageSet::new(), ByteOffset::ZERO);
+    while let Some(data) = source.next_data(at)? {
+        let end = PageIndex::new(data.end.get().div_ceil(PageSize::KIB_4.bytes().get()));
+        pages.push(PageRange::from_bounds(PageSize::KIB_4.page_of(data.start), end));
+        at = data.end;
+    }
+    Ok(pages)
+}
+
 fn too_long(pages: PageCount) -> CloneError {
     let (len, space) = (PageSize::KIB_4.size_of(pages), Geometry::MAX_LEN);
     SpaceError::from(GeometryError::OutOfRange { at: ByteOffset::ZERO, len, space }).into()
@@ -227,14 +237,15 @@ impl NewSaved<'_> {
         pages: PageCount,
         copied: &PageSet,
         parent: Option<LayerId>,
-        (job, before, total): (&Job<'_>, PageCount, PageCount),
+        threads: &rayon::ThreadPool,
+        job: &Job<'_>,
     ) -> Result<LayerId, CloneError> {
         let Some(shape) = shape_of(pages.get()) else { return Err(too_long(pages)) };
         let dir = &self.store.0.dir;
         let id = LayerId::random().map_err(|error| dir.no_id(error))?;
         let mut writer = Writer::create(dir.shared_folder(), id, parent, shape)?;
         let zeroes = if parent.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
-        gather(source, copied, zeroes, &mut writer, (job, before, total))?;
+        gather(source, copied, zeroes, (id, &mut writer), threads, job)?;
         self.made.push(format!("{id}.{LAYER}"));
         writer.finish()?;
         Ok(id)

@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use tracing::debug_span;
 
 use super::SavedError;
-use crate::backing::{Backing, Cut, Sealed};
+use crate::backing::{Backing, Cut};
 use crate::disk::DiskImage;
 use crate::image::Source;
 use crate::page::{ByteOffset, PageCount, PageSize};
 use crate::ram::{RamLayout, RamRegion};
-use crate::store::{CloneName, CloneStore, DurableImage, Job};
+use crate::store::{CloneName, CloneStore, DurableImage, Job, data_pages};
 use crate::vm::point::PointParts;
 use crate::vm::{DeviceState, DiskName, ForkPoint, ForkTimings, Teardown, VmName};
 
@@ -40,7 +40,7 @@ impl<B: Backing> ForkPoint<B> {
     /// [`SavedError::Store`]: [`CloneError::Unknown`](crate::store::CloneError::Unknown);
     /// [`CloneError::Degraded`](crate::store::CloneError::Degraded), which names the layers that are missing; damage, with file and page.
     /// [`SavedError::Space`] where there is no room for RAM.
-    pub fn load(store: &CloneStore, name: &CloneName, reading: Reading, job: &Job<'_>) -> Result<Self, SavedError> {
+    pub fn load(store: &CloneStore, name: &CloneName, reading: Reading, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Self, SavedError> {
         let _span = debug_span!("load", name = %name).entered();
         let manifest = store.open_manifest(name)?;
         let parent = VmName::new(&*manifest.parent)?;
@@ -60,7 +60,7 @@ impl<B: Backing> ForkPoint<B> {
             Reading::OnDemand => B::create(tree, layout.geometry(), Some(Arc::new(saved)))?,
             Reading::Now => {
                 let space = B::create(tree, layout.geometry(), None)?;
-                fill(&space, &saved, job)?;
+                fill(&space, &saved, threads, job)?;
                 space
             }
         };
@@ -75,16 +75,17 @@ impl<B: Backing> ForkPoint<B> {
 }
 
 /// Copies what is not zero, on the caller's threads.
-fn fill<B: Backing>(space: &B, image: &DurableImage, job: &Job<'_>) -> Result<(), SavedError> {
-    let pages = Sealed::data(image)?;
-    let total = pages.count();
+fn fill<B: Backing>(space: &B, image: &DurableImage, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<(), SavedError> {
+    let Some(top) = image.top_id() else { return Ok(()) };
+    let pages = data_pages(image)?;
+    let total = pages.count().get();
     let mut pieces = Vec::new();
     for run in pages.runs() {
         let (start, end) = (PageSize::KIB_4.start_of(run.start()).get(), PageSize::KIB_4.start_of(run.end()).get());
         pieces.extend((start..end).step_by(PIECE as usize).map(|at| at..(at + PIECE).min(end)));
     }
     let done = AtomicU64::new(0);
-    job.threads.install(|| {
+    threads.install(|| {
         pieces.into_par_iter().try_for_each_init(Vec::new, |bytes: &mut Vec<u8>, piece| {
             let (at, len) = (ByteOffset::new(piece.start), piece.end - piece.start);
             bytes.resize(len as usize, 0);
@@ -92,7 +93,7 @@ fn fill<B: Backing>(space: &B, image: &DurableImage, job: &Job<'_>) -> Result<()
             space.write(at, bytes)?;
             let pages = len >> PageSize::KIB_4.shift();
             let done = done.fetch_add(pages, Ordering::Relaxed) + pages;
-            job.tell(PageCount::new(done), total)?;
+            job.step(top, done, total)?;
             Ok::<(), SavedError>(())
         })
     })

@@ -11,6 +11,7 @@ use crate::image::Source;
 use crate::page::{PageCount, PageSet, PageSize};
 use crate::store::{
     CloneName, CloneStore, DurableImage, Job, LayerId, Manifest, NewSaved, SavedDisk, SavedId, SavedRegion,
+    data_pages,
 };
 use crate::vm::{DiskName, ForkPoint};
 
@@ -25,15 +26,6 @@ enum Plan<'a> {
     Copied { source: &'a dyn Source, len: PageCount, pages: PageSet, parent: Option<LayerId> },
 }
 
-impl Plan<'_> {
-    fn pages(&self) -> u64 {
-        match self {
-            Self::Kept(_) => 0,
-            Self::Copied { pages, .. } => pages.count().get(),
-        }
-    }
-}
-
 impl<B: Backing> ForkPoint<B> {
     /// Saves the fork point in a store, under a name: RAM, device state and disks. Nobody waits for it, and clones and parent run on meanwhile.
     ///
@@ -46,7 +38,7 @@ impl<B: Backing> ForkPoint<B> {
     ///
     /// # Errors
     /// [`SavedError::Store`]: [`CloneError::Exists`](crate::store::CloneError::Exists),
-    /// [`CloneError::Cancelled`](crate::store::CloneError::Cancelled), a full or failing medium, a limit. What was made is removed.
+    /// [`StoreError::Cancelled`](crate::StoreError::Cancelled), a full or failing medium, a limit. What was made is removed.
     ///
     /// ```
     /// # use offshoot::{*, backing::Heap, page::*, ram::*};
@@ -62,12 +54,12 @@ impl<B: Backing> ForkPoint<B> {
     /// let threads = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
     /// let name = CloneName::new("web, warmed up")?;
     /// let store = CloneStore::open(&path, StoreOptions::default())?;
-    /// point.save(&store, &name, &Job::new(&threads))?;
+    /// point.save(&store, &name, &threads, &Job::new())?;
     /// drop((store, point, vm));
     ///
     /// // In another process, or on another machine with a copy of the directory:
     /// let store = CloneStore::open(&path, StoreOptions::default())?;
-    /// let point: ForkPoint<Heap> = ForkPoint::load(&store, &name, Reading::Now, &Job::new(&threads))?;
+    /// let point: ForkPoint<Heap> = ForkPoint::load(&store, &name, Reading::Now, &threads, &Job::new())?;
     /// let clone = point.spawn(CloneSpec::default())?;
     /// assert_eq!(clone.ram().load::<u64>(GuestAddress::new(0x1000))?, 7);
     /// assert_eq!(*clone.device_state().unwrap().encode(), [1, 2, 3]);
@@ -75,8 +67,9 @@ impl<B: Backing> ForkPoint<B> {
     /// # std::fs::remove_dir_all(&path)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn save(&self, store: &CloneStore, name: &CloneName, job: &Job<'_>) -> Result<Manifest, SavedError> {
-        self.save_over(None, store, name, job)
+    pub fn save(&self, store: &CloneStore, name: &CloneName, threads: &rayon::ThreadPool,
+        job: &Job<'_>) -> Result<Manifest, SavedError> {
+        self.save_over(None, store, name, threads, job)
     }
 
     /// As [`ForkPoint::save`], with only the pages copied that differ from `ancestor`, a fork point of the same family that was saved in this store or loaded
@@ -90,9 +83,10 @@ impl<B: Backing> ForkPoint<B> {
         ancestor: &Self,
         store: &CloneStore,
         name: &CloneName,
+        threads: &rayon::ThreadPool,
         job: &Job<'_>,
     ) -> Result<Manifest, SavedError> {
-        self.save_over(Some(ancestor), store, name, job)
+        self.save_over(Some(ancestor), store, name, threads, job)
     }
 
     fn save_over(
@@ -100,6 +94,7 @@ impl<B: Backing> ForkPoint<B> {
         ancestor: Option<&Self>,
         store: &CloneStore,
         name: &CloneName,
+        threads: &rayon::ThreadPool,
         job: &Job<'_>,
     ) -> Result<Manifest, SavedError> {
         let _span = debug_span!("save", parent = %self.parent_name(), name = %name).entered();
@@ -116,9 +111,7 @@ impl<B: Backing> ForkPoint<B> {
         let (size, len) = (self.ram().geometry().page_size(), self.ram().geometry().len());
         let len = PageCount::new(len.get() >> PageSize::KIB_4.shift());
         let differing = || changed.as_ref().map(|diff| small_pages(&diff.ram, size));
-        plans.push(plan(&mut new, self.ram(), len, ram_below, differing, || {
-            Ok(small_pages(&Sealed::data(self.ram())?, size))
-        })?);
+        plans.push(plan(&mut new, self.ram(), len, ram_below, differing)?);
         for (at, (_, disk)) in self.disks().enumerate() {
             let any: &dyn Any = disk.image();
             let kept = match any.downcast_ref::<DurableImage>() {
@@ -130,22 +123,17 @@ impl<B: Backing> ForkPoint<B> {
                 continue;
             }
             let below = disks_below.get(at).copied().flatten();
-            let differing = || changed.as_ref().map(|diff| small_pages(&diff.disks[at].1, disk.image().page_size()));
-            let data = || Ok(small_pages(&disk.image().data()?, disk.image().page_size()));
-            plans.push(plan(&mut new, disk.image().source(), manifest.disks[at].pages, below, differing, data)?);
+            let differing = || changed.as_ref().map(|diff| small_pages(&diff.disks[at].1, disk.image().geometry().page_size()));
+            plans.push(plan(&mut new, disk.image(), manifest.disks[at].pages, below, differing)?);
         }
-        let total = PageCount::new(plans.iter().map(Plan::pages).sum());
-        let mut done = PageCount::ZERO;
         let mut tops = Vec::with_capacity(plans.len());
         for plan in plans {
-            let here = plan.pages();
             tops.push(match plan {
                 Plan::Kept(top) => top,
                 Plan::Copied { source, len, pages, parent } => {
-                    Some(new.layer(source, len, &pages, parent, (job, done, total))?)
+                    Some(new.layer(source, len, &pages, parent, threads, job)?)
                 }
             });
-            done = done.saturating_add(PageCount::new(here));
         }
         let mut tops = tops.into_iter();
         manifest.ram = tops.next().flatten();
@@ -161,7 +149,7 @@ impl<B: Backing> ForkPoint<B> {
         let disk = |(name, disk): (&DiskName, &DiskImage)| SavedDisk {
             name: name.as_str().into(),
             sectors: disk.capacity(),
-            pages: PageCount::new(disk.image().source().len().get().div_ceil(PageSize::KIB_4.bytes().get())),
+            pages: PageCount::new(disk.image().len().get().div_ceil(PageSize::KIB_4.bytes().get())),
             access: disk.access().into(),
             layer: None,
         };
@@ -198,7 +186,6 @@ fn plan<'a>(
     len: PageCount,
     below: Option<LayerId>,
     differing: impl FnOnce() -> Option<PageSet>,
-    data: impl FnOnce() -> Result<PageSet, SavedError>,
 ) -> Result<Plan<'a>, SavedError> {
     let parent = match below {
         Some(id) => new.parent(id, len, MOST_LAYERS)?,
@@ -206,7 +193,7 @@ fn plan<'a>(
     };
     let pages = match (parent, differing()) {
         (Some(_), Some(pages)) => pages,
-        _ => data()?,
+        _ => data_pages(source)?,
     };
     if pages.is_empty() {
         return Ok(Plan::Kept(parent));
