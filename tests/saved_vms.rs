@@ -7,13 +7,13 @@ mod common;
 mod saved;
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::sync::Mutex;
 
 use offshoot::backing::{Backing, Heap};
 use offshoot::page::{ByteOffset, ByteSize, GuestAddress, Lba, PageSize};
 use offshoot::store::{
-    CloneError, CloneStore, Health, Job, Manifest, Problem, SavedAccess, SavedDisk, SavedId, SavedRegion, StoreOptions,
+    Cancel, CloneError, CloneStore, Health, Job, Manifest, Problem, Progress, SavedAccess, SavedDisk, SavedId,
+    SavedRegion, StoreOptions,
 };
 use offshoot::testing::Dice;
 use offshoot::testing::crash::Recorder;
@@ -125,17 +125,15 @@ fn the_parent_runs_on_while_it_is_saved<B: Backing>() {
     let machine = Mutex::new(machine);
     let told = Mutex::new(Vec::new());
     let threads = threads(2);
-    let job = Job::new();
-    let tell = |progress: offshoot::store::Progress| {
+    let report = |progress: Progress| {
         told.lock().unwrap().push((progress.done.get(), progress.total.get()));
         let mut machine = machine.lock().unwrap();
         machine.mess(&mut Dice::new(4));
         machine.fork();
-        ControlFlow::Continue(())
     };
-    point.save(&store, &name("one"), &job.telling(&tell)).unwrap();
+    point.save(&store, &name("one"), &threads, &Job::new().report(&report)).unwrap();
     let told = told.into_inner().unwrap();
-    assert!(told.is_sorted() && told.iter().all(|(done, total)| done <= total), "{told:?}");
+    assert!(told.iter().any(|(done, _)| *done == 0) && told.iter().all(|(done, total)| done <= total), "{told:?}");
     assert!(told.last().is_some_and(|(done, total)| done == total && *done > 0), "{told:?}");
     assert_eq!(flat(&load::<B>(&store, "one", Reading::Now)).unwrap(), want);
 }
@@ -149,32 +147,41 @@ fn what_is_given_up_leaves_nothing() {
     let point = machine.fork();
     let before = temp.files("");
     let threads = threads(2);
-    let job = Job::new();
     // Given up at the first word, and at each later one.
     for words in 0.. {
-        let left = Mutex::new(words);
-        let tell = |_: offshoot::store::Progress| {
+        let (cancel, left) = (Cancel::new(), Mutex::new(words));
+        let report = |_: Progress| {
             let mut left = left.lock().unwrap();
             if *left == 0 {
-                ControlFlow::Break(())
+                cancel.cancel();
             } else {
                 *left -= 1;
-                ControlFlow::Continue(())
             }
         };
-        match point.save(&store, &name("one"), &job.telling(&tell)) {
+        match point.save(&store, &name("one"), &threads, &Job::new().report(&report).cancel(&cancel)) {
             Ok(_) => {
-                assert!(words >= 2);
+                assert!(words >= 4, "RAM and three disks that are copied");
                 break;
             }
-            Err(error) => assert!(matches!(error, SavedError::Store(CloneError::Cancelled)), "{error}"),
+            Err(error) => assert!(is_cancelled(&error), "{error}"),
         }
         assert_eq!(temp.files(""), before);
         assert!(problems(&store).is_empty());
     }
-    let give_up = |_: offshoot::store::Progress| ControlFlow::Break(());
-    let given_up = ForkPoint::<Heap>::load(&store, &name("one"), Reading::Now, &job.telling(&give_up));
-    assert!(matches!(given_up, Err(SavedError::Store(CloneError::Cancelled))));
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let job = Job::new().cancel(&cancel);
+    let given_up = ForkPoint::<Heap>::load(&store, &name("one"), Reading::Now, &threads, &job).unwrap_err();
+    assert!(is_cancelled(&given_up), "{given_up}");
+    let elsewhere = Temp::new("given-up-copy");
+    let other = open(&elsewhere);
+    let given_up = SavedError::from(store.copy_saved(&name("one"), &other, &name("one"), &threads, &job).unwrap_err());
+    assert!(is_cancelled(&given_up) && other.list_saved().unwrap().is_empty(), "{given_up}");
+}
+
+fn is_cancelled(error: &SavedError) -> bool {
+    let (SavedError::Space(error) | SavedError::Store(CloneError::Space(error))) = error else { return false };
+    matches!(error, SpaceError::Store(StoreError::Cancelled))
 }
 
 /// One save upon the other, past the length at which all is copied again, deleted in any order, through a reopening in the middle.
@@ -199,7 +206,7 @@ fn a_chain_of_saves_holds_every_instant<B: Backing>() {
     for step in 1..24u64 {
         machine.mess(&mut dice);
         let point = machine.fork();
-        point.save_since(&last, &store, &name(&step.to_string()), &job).unwrap();
+        point.save_since(&last, &store, &name(&step.to_string()), &threads, &job).unwrap();
         longest = longest.max(layers_of(&store, &step.to_string()));
         model.insert(step, flat(&point).unwrap());
         if step % 3 == 0 {
@@ -244,16 +251,16 @@ fn a_save_since_nothing_is_whole() {
     save(&first, &store, "first");
     machine.mess(&mut dice);
     let second = machine.fork();
-    second.save_since(&first, &other, &name("second"), &job).unwrap();
+    second.save_since(&first, &other, &name("second"), &threads, &job).unwrap();
     store.delete(&name("first")).unwrap();
-    second.save_since(&first, &store, &name("second"), &job).unwrap();
+    second.save_since(&first, &store, &name("second"), &threads, &job).unwrap();
     for store in [&store, &other] {
         assert_eq!(flat(&load::<Heap>(store, "second", Reading::Now)).unwrap(), flat(&second).unwrap());
         assert_eq!(store.list_saved().unwrap()[0].layers.len(), 2);
     }
     // Strangers have nothing to save since.
     let mut stranger = Machine::<Heap>::small(vec![]);
-    let refused = stranger.fork().save_since(&second, &store, &name("third"), &job);
+    let refused = stranger.fork().save_since(&second, &store, &name("third"), &threads, &job);
     assert!(matches!(refused, Err(SavedError::Space(SpaceError::Unrelated(_)))));
 }
 
@@ -311,8 +318,8 @@ fn a_copy_needs_nothing_else() {
     save(&first, &store, "first");
     machine.mess(&mut dice);
     let second = machine.fork();
-    second.save_since(&first, &store, &name("second"), &job).unwrap();
-    let copy = store.copy_saved(&name("second"), &to, &name("copy"), &job).unwrap();
+    second.save_since(&first, &store, &name("second"), &threads, &job).unwrap();
+    let copy = store.copy_saved(&name("second"), &to, &name("copy"), &threads, &job).unwrap();
     assert_eq!(to.list_saved().unwrap()[0].layers.len(), copy.layers().count());
     let want = flat(&second).unwrap();
     drop((machine, first, second, store, temp));
@@ -335,7 +342,8 @@ fn a_missing_layer_degrades_and_is_named() {
     let gone = manifest.ram.unwrap();
     std::fs::rename(temp.0.join(format!("{gone}.layer")), temp.0.join("aside")).unwrap();
     assert_eq!(store.list_saved().unwrap()[0].health, Health::Degraded { missing: vec![gone] });
-    let refused = ForkPoint::<Heap>::load(&store, &name("one"), Reading::OnDemand, &threads(1), &Job::new()).unwrap_err();
+    let refused =
+        ForkPoint::<Heap>::load(&store, &name("one"), Reading::OnDemand, &threads(1), &Job::new()).unwrap_err();
     assert!(
         matches!(&refused, SavedError::Store(CloneError::Degraded { missing, .. }) if *missing == [gone]),
         "{refused}"
@@ -430,18 +438,21 @@ fn limits_are_named() {
     let store = CloneStore::open(&temp.0, StoreOptions::default().tree(&Tree::new(limits))).unwrap();
     let mut machine = Machine::<Heap>::small(vec![0; 101]);
     let point = machine.fork();
-    let refused = point.save(&store, &name("one"), &job).unwrap_err();
+    let refused = point.save(&store, &name("one"), &threads, &job).unwrap_err();
     assert!(refused.to_string().contains("Limits::device_state"), "{refused}");
     machine.guest.0 = offshoot::DeviceState::from_bytes(vec![0; 100]);
     let point = machine.fork();
-    point.save(&store, &name("one"), &job).unwrap();
-    assert!(matches!(point.save(&store, &name("one"), &job), Err(SavedError::Store(CloneError::Exists { .. }))));
+    point.save(&store, &name("one"), &threads, &job).unwrap();
+    assert!(matches!(
+        point.save(&store, &name("one"), &threads, &job),
+        Err(SavedError::Store(CloneError::Exists { .. }))
+    ));
     drop(store);
     let limits = Limits { device_state: ByteSize::new(99), ..Limits::default() };
     let store = CloneStore::open(&temp.0, StoreOptions::default().tree(&Tree::new(limits))).unwrap();
-    let refused = ForkPoint::<Heap>::load(&store, &name("one"), Reading::Now, &job).unwrap_err();
+    let refused = ForkPoint::<Heap>::load(&store, &name("one"), Reading::Now, &threads, &job).unwrap_err();
     assert!(matches!(refused, SavedError::Store(CloneError::Space(SpaceError::Store(StoreError::Limit { .. })))));
-    let unknown = ForkPoint::<Heap>::load(&store, &name("two"), Reading::Now, &job).unwrap_err();
+    let unknown = ForkPoint::<Heap>::load(&store, &name("two"), Reading::Now, &threads, &job).unwrap_err();
     assert!(matches!(unknown, SavedError::Store(CloneError::Unknown { .. })));
     assert!(matches!(store.open_disk(&name("one")), Err(CloneError::Unknown { .. })));
 }

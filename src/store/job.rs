@@ -11,7 +11,6 @@ use super::sealed::Progress;
 use crate::error::StoreError;
 use crate::page::PageCount;
 
-
 /// Stops long calls, from any thread. Clones of it are one.
 #[derive(Clone, Default, Debug)]
 pub struct Cancel(Arc<AtomicBool>);

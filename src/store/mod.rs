@@ -58,8 +58,7 @@ mod sealed;
 
 #[cfg(feature = "store")]
 pub use clones::{
-    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SavedInfo, SpaceUsed,
-    StoreOptions,
+    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SavedInfo, SpaceUsed, StoreOptions,
 };
 #[cfg(feature = "store")]
 pub(crate) use clones::{NewSaved, StoreTag, data_pages};

@@ -40,7 +40,13 @@ impl<B: Backing> ForkPoint<B> {
     /// [`SavedError::Store`]: [`CloneError::Unknown`](crate::store::CloneError::Unknown);
     /// [`CloneError::Degraded`](crate::store::CloneError::Degraded), which names the layers that are missing; damage, with file and page.
     /// [`SavedError::Space`] where there is no room for RAM.
-    pub fn load(store: &CloneStore, name: &CloneName, reading: Reading, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Self, SavedError> {
+    pub fn load(
+        store: &CloneStore,
+        name: &CloneName,
+        reading: Reading,
+        threads: &rayon::ThreadPool,
+        job: &Job<'_>,
+    ) -> Result<Self, SavedError> {
         let _span = debug_span!("load", name = %name).entered();
         let manifest = store.open_manifest(name)?;
         let parent = VmName::new(&*manifest.parent)?;
@@ -75,7 +81,12 @@ impl<B: Backing> ForkPoint<B> {
 }
 
 /// Copies what is not zero, on the caller's threads.
-fn fill<B: Backing>(space: &B, image: &DurableImage, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<(), SavedError> {
+fn fill<B: Backing>(
+    space: &B,
+    image: &DurableImage,
+    threads: &rayon::ThreadPool,
+    job: &Job<'_>,
+) -> Result<(), SavedError> {
     let Some(top) = image.top_id() else { return Ok(()) };
     let pages = data_pages(image)?;
     let total = pages.count().get();

@@ -10,8 +10,7 @@ use crate::disk::DiskImage;
 use crate::image::Source;
 use crate::page::{PageCount, PageSet, PageSize};
 use crate::store::{
-    CloneName, CloneStore, DurableImage, Job, LayerId, Manifest, NewSaved, SavedDisk, SavedId, SavedRegion,
-    data_pages,
+    CloneName, CloneStore, DurableImage, Job, LayerId, Manifest, NewSaved, SavedDisk, SavedId, SavedRegion, data_pages,
 };
 use crate::vm::{DiskName, ForkPoint};
 
@@ -67,8 +66,13 @@ impl<B: Backing> ForkPoint<B> {
     /// # std::fs::remove_dir_all(&path)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn save(&self, store: &CloneStore, name: &CloneName, threads: &rayon::ThreadPool,
-        job: &Job<'_>) -> Result<Manifest, SavedError> {
+    pub fn save(
+        &self,
+        store: &CloneStore,
+        name: &CloneName,
+        threads: &rayon::ThreadPool,
+        job: &Job<'_>,
+    ) -> Result<Manifest, SavedError> {
         self.save_over(None, store, name, threads, job)
     }
 
@@ -123,7 +127,8 @@ impl<B: Backing> ForkPoint<B> {
                 continue;
             }
             let below = disks_below.get(at).copied().flatten();
-            let differing = || changed.as_ref().map(|diff| small_pages(&diff.disks[at].1, disk.image().geometry().page_size()));
+            let differing =
+                || changed.as_ref().map(|diff| small_pages(&diff.disks[at].1, disk.image().geometry().page_size()));
             plans.push(plan(&mut new, disk.image(), manifest.disks[at].pages, below, differing)?);
         }
         let mut tops = Vec::with_capacity(plans.len());
