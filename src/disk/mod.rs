@@ -341,6 +341,11 @@ impl DiskImage {
         &*self.image
     }
 
+    #[cfg(all(feature = "imago", unix))]
+    pub(crate) fn shared(&self) -> Arc<dyn AnySealed> {
+        self.image.clone()
+    }
+
     /// How many sectors it has.
     pub fn capacity(&self) -> SectorCount {
         self.capacity

@@ -261,7 +261,7 @@ mod tests {
     }
 
     fn blocks(names: &[&str]) -> Vec<u8> {
-        let mut body = (names.len() as u64 * 8192 | 4).to_be_bytes().to_vec();
+        let mut body = ((names.len() as u64 * 8192) | 4).to_be_bytes().to_vec();
         for name in names {
             body.push(name.len() as u8);
             body.extend_from_slice(name.as_bytes());
