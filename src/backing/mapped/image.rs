@@ -5,6 +5,8 @@
 
 use std::fmt;
 use std::ops::Range;
+#[cfg(feature = "qemu")]
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::Mapped;
@@ -177,6 +179,15 @@ impl MappedImage {
         let extents: Vec<_> =
             over.into_iter().map(|(run, layer)| (host_pages(self.0.geometry, run), &*layer.file)).collect();
         Ok(Mapping::map_layers(&base.file, &extents, self.0.geometry.len(), place)?)
+    }
+
+    /// The one sealed file that shows the whole image, every byte at its own offset; `None` where it lies on several, or on none: a
+    /// flattened image has one. The descriptor is the caller's own.
+    #[cfg(feature = "qemu")]
+    pub(crate) fn whole_file(&self) -> Result<Option<OwnedFd>, SpaceError> {
+        let Some(map) = self.map() else { return Ok(None) };
+        let (base, over) = map.plan();
+        if over.is_empty() { Ok(Some(base.file.share()?)) } else { Ok(None) }
     }
 
     /// Those of `pages` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
