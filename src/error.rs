@@ -220,7 +220,7 @@ pub enum StoreError {
         /// How many are allowed.
         limit: u64,
     },
-    /// Somebody stopped the call: see [`Job`](crate::store::Job).
+    /// Somebody stopped the call: see `store::Job`.
     #[error("cancelled: nothing has changed")]
     Cancelled,
     /// The layers do not fit together.

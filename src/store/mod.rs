@@ -45,6 +45,7 @@ mod flush;
 mod head;
 mod id;
 mod image;
+#[cfg(feature = "store")]
 mod job;
 mod layer;
 mod map;
@@ -66,6 +67,7 @@ pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
 pub use id::{DiskId, LayerId, SavedId};
 pub use image::{DurableImage, LayerInfo};
+#[cfg(feature = "store")]
 pub use job::{Cancel, Job};
 pub use medium::{Folder, Medium, Sharing, open_folder};
 pub use saved::{Manifest, SavedAccess, SavedDisk, SavedRegion};
