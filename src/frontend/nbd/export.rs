@@ -236,10 +236,12 @@ impl Exports {
         self.0.closing.load(Ordering::Acquire)
     }
 
-    /// Turns new requests away, for good, and waits for those that are being executed.
+    /// Turns new requests away, for good, and waits for those that are being executed. Disks are let go: whoever still holds the set, such as the
+    /// thread of a client that has just left, keeps none of them.
     pub(super) fn close(&self) {
-        let by_name = self.0.by_name.write();
+        let mut by_name = self.0.by_name.write();
         self.0.closing.store(true, Ordering::Release);
         by_name.values().for_each(|export| export.gate.close());
+        by_name.clear();
     }
 }
