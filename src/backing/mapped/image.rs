@@ -268,7 +268,7 @@ impl Source for MappedImage {
             return next_data_in(&self.0.index, size, self.0.base.as_deref(), at);
         }
         let (mut from, end) = (size.page_of(at), PageIndex::new(geometry.pages().get()));
-        let mut window = PageCount::new(1 << 10);
+        let mut window = PageCount::new(1 << 6);
         while from < end {
             let to = from.checked_add(window).map_or(end, |to| to.min(end));
             let asked = PageSet::from(PageRange::from_bounds(from, to));
