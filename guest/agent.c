@@ -227,16 +227,15 @@ void run_agent(void) {
     for (;;) {
         struct pollfd poll_fd = {port, POLLIN, 0};
         poll(&poll_fd, 1, -1);
-        if (!(poll_fd.revents & POLLIN)) {
-            /* Nobody there. What was begun was begun by somebody else. */
+        char piece[4096];
+        ssize_t got = read(port, piece, sizeof piece);
+        if (got == 0) {
+            /* Nobody there, which the port calls readable. What was begun of a line was begun by somebody who has gone. */
             len = 0;
             overlong = 0;
             struct timespec wait = {0, 50000000};
             sigtimedwait(&signals, NULL, &wait);
-            continue;
         }
-        char piece[4096];
-        ssize_t got = read(port, piece, sizeof piece);
         for (ssize_t i = 0; i < got; i++) {
             if (piece[i] == CANCEL)
                 len = 0, overlong = 0;
