@@ -14,7 +14,8 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::frontend::kvm::{
     AnonymousRam, Clock, DecodeError, Devices, Difference, DirtyLog, Irqchips, KvmCall, KvmError, KvmHost, KvmMachine,
-    KvmSupport, MachinePlan, MachineState, MsrIndex, Part, Pit, SlotNumber, Target, VcpuIndex, VmBuilder, finish_exit,
+    KvmSupport, MachinePlan, MachineState, MsrIndex, Part, Pit, SlotNumber, Target, VcpuCount, VcpuIndex, VmBuilder,
+    finish_exit,
 };
 use offshoot::page::{ByteOffset, ByteSize, GuestAddress};
 
@@ -109,6 +110,7 @@ const HALTING: &[u8] = &[
 /// Real mode interrupt handler: counts in dx and sends the count.
 const HANDLER: &[u8] = &[0x42, 0x88, 0xd0, 0xe6, 0x22, 0xcf];
 
+const TWO: VcpuCount = VcpuCount::new(2);
 const CODE: u64 = 0x6000;
 const PROTECTED_CODE: u64 = 0x7000;
 const HANDLER_AT: u16 = 0x7800;
@@ -139,7 +141,7 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(host: &KvmHost, devices: Devices, vcpus: usize) -> Self {
+    fn new(host: &KvmHost, devices: Devices, vcpus: VcpuCount) -> Self {
         let ram = AnonymousRam::new(RAM_SIZE).unwrap();
         let memory: Arc<AnonymousRam> = Arc::clone(&ram);
         let machine = VmBuilder::new(host)
@@ -151,7 +153,7 @@ impl Guest {
     }
 
     /// A parent: CPUID set, every vCPU runnable.
-    fn parent(host: &KvmHost, devices: Devices, vcpus: usize) -> Self {
+    fn parent(host: &KvmHost, devices: Devices, vcpus: VcpuCount) -> Self {
         let guest = Self::new(host, devices, vcpus);
         for (id, vcpu) in guest.machine.vcpus().iter().enumerate() {
             vcpu.set_cpuid2(&cpuid(host, id as u32)).unwrap();
@@ -244,7 +246,7 @@ fn host_has_avx(host: &KvmHost) -> bool {
 fn long_mode_program(host: &KvmHost) -> &'static [u8] {
     static PROGRAM: OnceLock<&[u8]> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        let mut guest = Guest::parent(host, Devices::NONE, 1);
+        let mut guest = Guest::parent(host, Devices::NONE, VcpuCount::ONE);
         enter_long_mode(host, &mut guest, LONG_MODE_AVX);
         if host_has_avx(host) && matches!(guest.vcpu(0).run(), Ok(VcpuExit::IoOut(..))) {
             return LONG_MODE_AVX;
@@ -287,7 +289,7 @@ enum Paging {
 fn paging(host: &KvmHost) -> Paging {
     static PAGING: OnceLock<Paging> = OnceLock::new();
     *PAGING.get_or_init(|| {
-        let mut guest = Guest::parent(host, Devices::NONE, 2);
+        let mut guest = Guest::parent(host, Devices::NONE, TWO);
         enter_protected_mode(&mut guest, Paging::Pae);
         if matches!(guest.vcpu(1).run(), Ok(VcpuExit::IoOut(..))) {
             return Paging::Pae;
@@ -316,14 +318,14 @@ fn enter_protected_mode(guest: &mut Guest, paging: Paging) {
 
 /// A two-vCPU guest, one in long mode, one in 32-bit protected mode.
 fn mixed_guest(host: &KvmHost, devices: Devices) -> Guest {
-    let mut guest = Guest::parent(host, devices, 2);
+    let mut guest = Guest::parent(host, devices, TWO);
     enter_long_mode(host, &mut guest, long_mode_program(host));
     enter_protected_mode(&mut guest, paging(host));
     guest
 }
 
 /// A one-vCPU guest in real mode at [`CODE`], with LAPIC, IOAPIC and a handler for one interrupt.
-fn real_mode_guest(host: &KvmHost, code: &[u8], vcpus: usize) -> Guest {
+fn real_mode_guest(host: &KvmHost, code: &[u8], vcpus: VcpuCount) -> Guest {
     let mut guest = Guest::parent(host, Devices::FULL, vcpus);
     guest.write(CODE, code);
     guest.write(u64::from(HANDLER_AT), HANDLER);
@@ -466,7 +468,7 @@ fn a_warm_shell_takes_its_state_later() {
 #[test]
 fn a_pending_interrupt_survives() {
     let Some(host) = host() else { return };
-    let mut parent = real_mode_guest(&host, WAITING, 1);
+    let mut parent = real_mode_guest(&host, WAITING, VcpuCount::ONE);
     let plan = parent.plan(&host, Devices::FULL);
     parent.trace(0, 2);
     raise_line(&parent);
@@ -490,7 +492,7 @@ fn a_pending_interrupt_survives() {
 fn a_halted_vcpu_stays_halted_until_its_interrupt() {
     let Some(host) = host() else { return };
     // The second vCPU was never started: that must survive as well.
-    let mut parent = real_mode_guest(&host, HALTING, 2);
+    let mut parent = real_mode_guest(&host, HALTING, TWO);
     parent.vcpu(1).set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED }).unwrap();
     let plan = parent.plan(&host, Devices::FULL);
     // As the kernel leaves a vCPU that executed the `hlt`: behind it, interrupts on, halted.
@@ -545,7 +547,7 @@ fn the_upper_halves_of_ymm_survive_where_the_host_has_them() {
         eprintln!("SKIPPED: guests of this host have no AVX");
         return;
     }
-    let mut parent = Guest::parent(&host, Devices::NONE, 1);
+    let mut parent = Guest::parent(&host, Devices::NONE, VcpuCount::ONE);
     let vcpu = &parent.machine.vcpus()[0];
     let mut xcrs = vcpu.get_xcrs().unwrap();
     xcrs.xcrs[0].value = 7;
@@ -569,7 +571,7 @@ fn the_upper_halves_of_ymm_survive_where_the_host_has_them() {
 #[test]
 fn damaged_bytes_give_errors_at_every_byte() {
     let Some(host) = host() else { return };
-    let mut parent = real_mode_guest(&host, WAITING, 1);
+    let mut parent = real_mode_guest(&host, WAITING, VcpuCount::ONE);
     let plan = parent.plan(&host, Devices::FULL);
     let bytes = parent.capture(&plan).to_bytes();
     for length in 0..bytes.len() {
@@ -588,7 +590,7 @@ fn damaged_bytes_give_errors_at_every_byte() {
 #[test]
 fn a_register_that_the_host_refuses_is_named() {
     let Some(host) = host() else { return };
-    let mut parent = Guest::parent(&host, Devices::NONE, 1);
+    let mut parent = Guest::parent(&host, Devices::NONE, VcpuCount::ONE);
     let plan = parent.plan(&host, Devices::NONE);
     let state = parent.machine.capture(&plan).unwrap();
     let mut bytes = state.to_bytes();
@@ -599,7 +601,7 @@ fn a_register_that_the_host_refuses_is_named() {
     let checksum = crc32fast::hash(&bytes[16..]);
     bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
     let damaged = MachineState::from_bytes(&bytes).unwrap();
-    let mut clone = Guest::new(&host, Devices::NONE, 1);
+    let mut clone = Guest::new(&host, Devices::NONE, VcpuCount::ONE);
     match clone.machine.restore(&host, &damaged) {
         Err(KvmError::MsrRefused { msr, captured, .. }) => {
             assert_eq!((msr, captured), (MsrIndex::new(0xc000_0082), 0x8000_0000_0000_0000));
@@ -611,14 +613,14 @@ fn a_register_that_the_host_refuses_is_named() {
 #[test]
 fn mistakes_are_named() {
     let Some(host) = host() else { return };
-    let mut parent = Guest::parent(&host, Devices::FULL, 2);
+    let mut parent = Guest::parent(&host, Devices::FULL, TWO);
     let plan = parent.plan(&host, Devices::FULL);
     let state = parent.machine.capture(&plan).unwrap();
     let (vm, vcpus) = parent.machine.parts_mut();
     let error = MachineState::capture(&plan, vm, &mut vcpus[..1]).unwrap_err();
-    assert!(matches!(error, KvmError::VcpuCount { expected: 2, given: 1 }));
+    assert!(matches!(error, KvmError::VcpuCount { expected, given } if (expected, given) == (TWO, VcpuCount::ONE)));
     // A machine without the chips cannot take the LAPIC.
-    let mut bare = Guest::new(&host, Devices::NONE, 2);
+    let mut bare = Guest::new(&host, Devices::NONE, TWO);
     let error = bare.machine.restore(&host, &state).unwrap_err();
     assert_eq!(error.call(), Some(KvmCall::SetLapic), "{error}");
     let error = bare.machine.capture(&plan).unwrap_err();

@@ -394,7 +394,7 @@ fn life(vm: Vm<Mapped>, dice: &mut Dice, generations: u32) {
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 mod kvm {
     use super::*;
-    use offshoot::frontend::kvm::{Devices, KvmHost, VmBuilder};
+    use offshoot::frontend::kvm::{Devices, KvmHost, VcpuCount, VmBuilder};
 
     /// Real mode: counts in bx, stores the count in two pages and sends its low byte.
     const COUNTING: &[u8] = &[
@@ -420,7 +420,7 @@ mod kvm {
         let vm = ram_vm(512, PageSize::KIB_4);
         vm.ram().write(GuestAddress::new(0x1000), COUNTING).unwrap();
         let machine = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap();
-        let mut machine = machine.devices(Devices::NONE).unwrap().vcpus(1).unwrap();
+        let mut machine = machine.devices(Devices::NONE).unwrap().vcpus(VcpuCount::ONE).unwrap();
         let vcpu = &mut machine.vcpus_mut()[0];
         let mut sregs = vcpu.get_sregs().unwrap();
         (sregs.cs.base, sregs.cs.selector) = (0, 0);

@@ -114,7 +114,7 @@ mod machines {
     use kvm_bindings::kvm_regs;
     use kvm_ioctls::{VcpuExit, VcpuFd};
     use offshoot::frontend::kvm::{
-        Devices, KvmHost, MachinePlan, SecondLevel, VcpuIndex, VmBuilder, prefault_second_level,
+        Devices, KvmHost, MachinePlan, SecondLevel, VcpuCount, VcpuIndex, VmBuilder, prefault_second_level,
     };
     use offshoot::page::{PageIndex, PageSet};
     use offshoot::{Admission, AtRest, DeviceState, Prefault};
@@ -156,7 +156,7 @@ mod machines {
         vm.ram().write(GuestAddress::new(CODE), COUNTING).unwrap();
         vm.ram().store(GuestAddress::new(0x8000), 1000_u32).unwrap();
         let built = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap().devices(Devices::NONE).unwrap();
-        let mut machine = built.vcpus(1).unwrap();
+        let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
         let vcpu = &machine.vcpus()[0];
         vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
@@ -174,7 +174,7 @@ mod machines {
         let spawn = |spec: CloneSpec| {
             let clone = point.spawn(spec).unwrap();
             let built = VmBuilder::new(&host).unwrap().engine_ram(clone.ram()).unwrap().devices(Devices::NONE).unwrap();
-            let mut machine = built.vcpus(1).unwrap();
+            let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
             machine.restore(&host, &state).unwrap();
             (machine, clone)
         };

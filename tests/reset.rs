@@ -18,7 +18,7 @@ use offshoot::backing::Mapped;
 use offshoot::disk::{Access, Disk};
 use offshoot::frontend::kvm::{
     Devices, DirtyLog, Irqchips, KvmCall, KvmError, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part,
-    Target, VcpuIndex, VmBuilder, finish_exit,
+    Target, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, Lba, PageCount, PageIndex, PageSet, PageSize, SectorCount};
 use offshoot::ram::{RamLayout, RamRegion};
@@ -128,7 +128,7 @@ fn clone_of(host: &Arc<KvmHost>, devices: Devices, log: DirtyLog, page: PageSize
     vm.ram().write(GuestAddress::new(CODE), WALKING).unwrap();
     vm.disk("d").unwrap().write(Lba::new(3), &[3; 512]).unwrap();
     let built = VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap();
-    let mut machine = built.vcpus(1).unwrap();
+    let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
     let vcpu = &mut machine.vcpus_mut()[0];
     vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
     if devices.irqchips == Irqchips::InKernel {
@@ -153,7 +153,7 @@ fn clone_of(host: &Arc<KvmHost>, devices: Devices, log: DirtyLog, page: PageSize
     let vm = point.spawn(CloneSpec::default()).unwrap();
     let state: &MachineState = point.device_state().object().unwrap();
     let built = VmBuilder::new(host).unwrap().engine_ram_with_log(vm.ram(), log).unwrap();
-    let mut machine = built.devices(devices).unwrap().vcpus(1).unwrap();
+    let mut machine = built.devices(devices).unwrap().vcpus(VcpuCount::ONE).unwrap();
     machine.restore(host, state).unwrap();
     vm.start().unwrap();
     Clone { vm, cpus: Cpus { host: Arc::clone(host), machine, plan: state.plan(host) }, point }
