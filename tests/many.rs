@@ -3,6 +3,8 @@
 //! How much they hold and how long they take is in the figures `many`, `many-kvm` and `memory-kvm`.
 #![cfg(target_os = "linux")]
 
+mod common;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use offshoot::backing::Mapped;
@@ -109,12 +111,13 @@ fn ten_thousand_clones_write_side_by_side() {
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 mod machines {
     use super::*;
+    use crate::common::kvm_host;
     use std::sync::Arc;
 
     use kvm_bindings::kvm_regs;
     use kvm_ioctls::{VcpuExit, VcpuFd};
     use offshoot::frontend::kvm::{
-        Devices, KvmHost, MachinePlan, SecondLevel, VcpuCount, VcpuIndex, VmBuilder, prefault_second_level,
+        Devices, MachinePlan, SecondLevel, VcpuCount, VcpuIndex, VmBuilder, prefault_second_level,
     };
     use offshoot::page::{PageIndex, PageSet};
     use offshoot::{Admission, AtRest, DeviceState, Prefault};
@@ -140,15 +143,7 @@ mod machines {
     fn hundreds_of_machines_run_side_by_side() {
         const MACHINES: u64 = 200;
         let _alone = alone();
-        let host = match KvmHost::open() {
-            Ok(host) => host,
-            Err(error) => {
-                let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-                assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-                eprintln!("SKIPPED: {error}");
-                return;
-            }
-        };
+        let Some(host) = kvm_host() else { return };
         let admission = Admission { descriptors_per_clone: 2, mappings_per_clone: 1, ..Admission::default() };
         let tree = Tree::new(Limits { admission, ..Limits::default() });
         let layout = RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4).unwrap();

@@ -4,10 +4,13 @@
 //! Where `/dev/kvm` is missing the tests say so and pass, unless OFFSHOOT_REQUIRE=all is set: then they fail.
 #![cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 
+mod common;
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use common::kvm_host;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
@@ -43,19 +46,6 @@ const COUNT: u64 = 0x8000;
 fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The host, or `None` with a loud word where there is none.
-fn host() -> Option<Arc<KvmHost>> {
-    match KvmHost::open() {
-        Ok(host) => Some(host),
-        Err(error) => {
-            let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-            assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-            eprintln!("SKIPPED: {error}");
-            None
-        }
-    }
 }
 
 fn layout() -> RamLayout {
@@ -227,7 +217,7 @@ fn check_clone(pool: &ShellPool, point: &ForkPoint<Mapped>, count: u32) {
 #[test]
 fn a_parent_that_moves_loses_nothing() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for devices in [Devices::NONE, Devices::FULL] {
         let before = held();
         let tree = Tree::default();
@@ -302,7 +292,7 @@ impl Relocate for Threaded {
 #[test]
 fn a_guest_that_runs_meanwhile_loses_nothing() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let pool = pool(&host, Devices::FULL, 3);
     let Counting { vm, cpus } = counting(&host, &Tree::default(), Devices::FULL, Arc::clone(&pool));
     let cpus = Arc::new(Mutex::new(Some(cpus)));
@@ -333,7 +323,7 @@ fn a_guest_that_runs_meanwhile_loses_nothing() {
 #[test]
 fn every_failing_step_leaves_the_parent_running_where_it_was() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for forks_before in [0, 1] {
         for fail in [Fail::NextHole, Fail::BeforeEntering, Fail::AfterEntering] {
             let before = held();
@@ -366,7 +356,7 @@ fn every_failing_step_leaves_the_parent_running_where_it_was() {
 #[test]
 fn no_failing_call_leaves_anything_behind() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for forks_before in [0, 1] {
         for n in 1.. {
             let before = held();
@@ -407,7 +397,7 @@ fn no_failing_call_leaves_anything_behind() {
 #[test]
 fn a_shell_whose_hole_was_taken_is_dropped_and_counted() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let pool = pool(&host, Devices::NONE, 3);
     let mut parent = counting(&host, &Tree::default(), Devices::NONE, Arc::clone(&pool));
     let other: Vm<Mapped> = Vm::new(&Tree::default(), VmName::new("other").unwrap(), layout(), vec![]).unwrap();
@@ -446,7 +436,7 @@ fn counts<const N: usize>(stats: &PoolStats, which: impl Fn(&PoolStats) -> [Shel
 #[test]
 fn the_pool_is_bounded_refills_and_drains() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let before = held();
     let limits = PoolLimits { ready: ShellCount::new(4), alive: ShellCount::new(6), ..PoolLimits::default() };
     let pool = ShellPool::new(shape(&host, Devices::NONE), limits).unwrap();
@@ -485,7 +475,7 @@ fn the_pool_is_bounded_refills_and_drains() {
 #[test]
 fn limits_of_the_process_are_named() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for (limits, name) in [
         (PoolLimits { spare_descriptors: 1 << 40, ..PoolLimits::default() }, "RLIMIT_NOFILE"),
         (PoolLimits { spare_mappings: 1 << 40, ..PoolLimits::default() }, "vm.max_map_count"),
@@ -506,7 +496,7 @@ fn limits_of_the_process_are_named() {
 #[test]
 fn two_threads_take_from_one_pool() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let pool = pool(&host, Devices::NONE, 4);
     let mut parent = counting(&host, &Tree::default(), Devices::NONE, Arc::clone(&pool));
     parent.cpus.run(10);
@@ -558,7 +548,7 @@ fn assert_like_new(host: &Arc<KvmHost>, shell: &Shell, devices: Devices) {
 #[test]
 fn a_shell_is_as_a_new_machine_whoever_was_there_before() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for devices in [Devices::NONE, Devices::FULL] {
         let pool = pool(&host, devices, 2);
         let mut parent = counting(&host, &Tree::default(), devices, Arc::clone(&pool));

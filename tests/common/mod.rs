@@ -60,6 +60,12 @@ pub fn get<B: Backing>(vm: &Vm<B>, page: u64) -> u64 {
     vm.ram().load(GuestAddress::new(page * PAGE)).expect("RAM can be read")
 }
 
+/// The host's KVM; `None` where there is none, which is told.
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub fn kvm_host() -> Option<std::sync::Arc<offshoot::frontend::kvm::KvmHost>> {
+    offshoot::frontend::kvm::KvmHost::open().map_err(offshoot::testing::skip).ok()
+}
+
 #[track_caller]
 pub fn assert_empty(tree: &Tree) {
     assert_eq!(tree.usage(), TreeUsage::default(), "something is left");
