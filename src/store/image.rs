@@ -112,6 +112,11 @@ impl DurableImage {
     }
 
     #[cfg(feature = "store")]
+    pub(crate) fn top_id(&self) -> Option<LayerId> {
+        self.0.top.as_ref().map(|top| top.id())
+    }
+
+    #[cfg(feature = "store")]
     pub(super) fn folder(&self) -> &dyn super::medium::Folder {
         self.0.dir.folder()
     }

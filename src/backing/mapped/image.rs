@@ -5,6 +5,8 @@
 
 use std::fmt;
 use std::ops::Range;
+#[cfg(feature = "qemu")]
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::Mapped;
@@ -179,6 +181,15 @@ impl MappedImage {
         Ok(Mapping::map_layers(&base.file, &extents, self.0.geometry.len(), place)?)
     }
 
+    /// The one sealed file that shows the whole image, every byte at its own offset; `None` where it lies on several, or on none: a
+    /// flattened image has one. The descriptor is the caller's own.
+    #[cfg(feature = "qemu")]
+    pub(crate) fn whole_file(&self) -> Result<Option<OwnedFd>, SpaceError> {
+        let Some(map) = self.map() else { return Ok(None) };
+        let (base, over) = map.plan();
+        if over.is_empty() { Ok(Some(base.file.share()?)) } else { Ok(None) }
+    }
+
     /// Those of `pages` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
     pub(super) fn data_in(&self, pages: &PageSet) -> Result<PageSet, SpaceError> {
         let Some(map) = self.map() else {
@@ -257,7 +268,7 @@ impl Source for MappedImage {
             return next_data_in(&self.0.index, size, self.0.base.as_deref(), at);
         }
         let (mut from, end) = (size.page_of(at), PageIndex::new(geometry.pages().get()));
-        let mut window = PageCount::new(1 << 10);
+        let mut window = PageCount::new(1 << 6);
         while from < end {
             let to = from.checked_add(window).map_or(end, |to| to.min(end));
             let asked = PageSet::from(PageRange::from_bounds(from, to));
