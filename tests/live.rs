@@ -354,8 +354,8 @@ fn life(vm: Vm<Mapped>, dice: &mut Dice, generations: u32) {
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 mod kvm {
     use super::*;
-    use common::kvm_host;
-    use offshoot::frontend::kvm::{Devices, VcpuCount, VmBuilder};
+    use common::machine::{kvm_host, machine, start_in_real_mode};
+    use offshoot::frontend::kvm::Devices;
 
     /// Real mode: counts in bx, stores the count in two pages and sends its low byte.
     const COUNTING: &[u8] = &[
@@ -373,15 +373,9 @@ mod kvm {
         let Some(host) = kvm_host() else { return };
         let vm = ram_vm(512);
         vm.ram().write(GuestAddress::new(0x1000), COUNTING).unwrap();
-        let machine = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap();
-        let mut machine = machine.devices(Devices::NONE).unwrap().vcpus(VcpuCount::ONE).unwrap();
+        let mut machine = machine(&host, vm.ram(), Devices::NONE);
         let vcpu = &mut machine.vcpus_mut()[0];
-        let mut sregs = vcpu.get_sregs().unwrap();
-        (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        vcpu.set_sregs(&sregs).unwrap();
-        let mut regs = vcpu.get_regs().unwrap();
-        (regs.rip, regs.rflags, regs.rbx) = (0x1000, 2, 0);
-        vcpu.set_regs(&regs).unwrap();
+        start_in_real_mode(vcpu, 0x1000);
 
         let gate = Gate::default();
         gate.state.lock().unwrap().running = 1;

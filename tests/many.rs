@@ -111,10 +111,9 @@ fn ten_thousand_clones_write_side_by_side() {
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 mod machines {
     use super::*;
-    use crate::common::kvm_host;
+    use crate::common::machine::{kvm_host, machine, start_in_real_mode};
     use std::sync::Arc;
 
-    use kvm_bindings::kvm_regs;
     use kvm_ioctls::{VcpuExit, VcpuFd};
     use offshoot::frontend::kvm::{
         Devices, MachinePlan, SecondLevel, VcpuCount, VcpuIndex, VmBuilder, prefault_second_level,
@@ -150,14 +149,8 @@ mod machines {
         let vm: Vm<Mapped> = Vm::new(&tree, VmName::new("counting").unwrap(), layout.clone(), vec![]).unwrap();
         vm.ram().write(GuestAddress::new(CODE), COUNTING).unwrap();
         vm.ram().store(GuestAddress::new(0x8000), 1000_u32).unwrap();
-        let built = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap().devices(Devices::NONE).unwrap();
-        let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
-        let vcpu = &machine.vcpus()[0];
-        vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
-        let mut sregs = vcpu.get_sregs().unwrap();
-        (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        vcpu.set_sregs(&sregs).unwrap();
-        vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).unwrap();
+        let mut machine = machine(&host, vm.ram(), Devices::NONE);
+        start_in_real_mode(&machine.vcpus()[0], CODE);
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE).unwrap();
         let state = Arc::new(machine.capture(&plan).unwrap());
         drop(machine);

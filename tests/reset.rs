@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use common::kvm_host;
+use common::machine::{kvm_host, machine};
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_HALTED, Msrs, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::Mapped;
@@ -117,13 +117,8 @@ fn clone_of(host: &Arc<KvmHost>, devices: Devices, log: DirtyLog, page: PageSize
     let vm: Vm<Mapped> = Vm::new(&tree, VmName::new("parent").unwrap(), layout(page), disks).unwrap();
     vm.ram().write(GuestAddress::new(CODE), WALKING).unwrap();
     vm.disk("d").unwrap().write(Lba::new(3), &[3; 512]).unwrap();
-    let built = VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap();
-    let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
+    let mut machine = machine(host, vm.ram(), devices);
     let vcpu = &mut machine.vcpus_mut()[0];
-    vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
-    if devices.irqchips == Irqchips::InKernel {
-        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
-    }
     let mut sregs = vcpu.get_sregs().unwrap();
     let flat = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, db: 1, ..Default::default() };
     sregs.cs = kvm_segment { selector: 8, type_: 11, ..flat };

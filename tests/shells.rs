@@ -10,13 +10,12 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::kvm_host;
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
+use common::machine::{kvm_host, machine, start_in_real_mode};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part, PoolLimits, PoolStats, Shell,
-    ShellCount, ShellError, ShellPool, ShellShape, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
+    Devices, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part, PoolLimits, PoolStats, Shell, ShellCount,
+    ShellError, ShellPool, ShellShape, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
 use offshoot::ram::{RamLayout, RamRegion};
@@ -117,17 +116,8 @@ fn pool(host: &Arc<KvmHost>, devices: Devices, ready: u64) -> Arc<ShellPool> {
 fn counting(host: &Arc<KvmHost>, tree: &Tree, devices: Devices, pool: Arc<ShellPool>) -> Counting {
     let vm: Vm<Mapped> = Vm::new(tree, VmName::new("counting").unwrap(), layout(), vec![]).unwrap();
     vm.ram().write(GuestAddress::new(CODE), COUNTING).unwrap();
-    let built = VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap();
-    let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
-    let vcpu = &mut machine.vcpus_mut()[0];
-    vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
-    if devices.irqchips == Irqchips::InKernel {
-        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
-    }
-    let mut sregs = vcpu.get_sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs).unwrap();
-    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rsp: 0x5000, ..Default::default() }).unwrap();
+    let machine = machine(host, vm.ram(), devices);
+    start_in_real_mode(&machine.vcpus()[0], CODE);
     let plan = MachinePlan::read(host, machine.vcpus(), devices).unwrap();
     vm.start().unwrap();
     let (machine, next, count, fail, decoy) = (Some(machine), None, 0, Fail::Nothing, None);
@@ -320,6 +310,17 @@ fn a_guest_that_runs_meanwhile_loses_nothing() {
     }
 }
 
+/// A guest that has moved so many times, and has run since.
+fn moved(host: &Arc<KvmHost>, tree: &Tree, pool: &Arc<ShellPool>, times: u32) -> Counting {
+    let mut counting = counting(host, tree, Devices::FULL, Arc::clone(pool));
+    for _ in 0..times {
+        counting.cpus.run(3);
+        counting.vm.fork_relocating(&mut counting.cpus).unwrap().teardown().wait();
+    }
+    counting.cpus.run(10);
+    counting
+}
+
 #[test]
 fn every_failing_step_leaves_the_parent_running_where_it_was() {
     let _alone = alone();
@@ -329,12 +330,7 @@ fn every_failing_step_leaves_the_parent_running_where_it_was() {
             let before = held();
             let tree = Tree::default();
             let pool = pool(&host, Devices::FULL, 2);
-            let mut parent = counting(&host, &tree, Devices::FULL, Arc::clone(&pool));
-            for _ in 0..forks_before {
-                parent.cpus.run(3);
-                parent.vm.fork_relocating(&mut parent.cpus).unwrap().teardown().wait();
-            }
-            parent.cpus.run(10);
+            let mut parent = moved(&host, &tree, &pool, forks_before);
             let home = parent.vm.ram().space().host_base();
             parent.cpus.fail = fail;
             let failed = parent.vm.fork_relocating(&mut parent.cpus);
@@ -363,12 +359,7 @@ fn no_failing_call_leaves_anything_behind() {
             let tree = Tree::default();
             // Nothing ready: the shell is built by this thread, whose calls fail, those to KVM among them.
             let pool = pool(&host, Devices::FULL, 0);
-            let mut parent = counting(&host, &tree, Devices::FULL, Arc::clone(&pool));
-            for _ in 0..forks_before {
-                parent.cpus.run(3);
-                parent.vm.fork_relocating(&mut parent.cpus).unwrap().teardown().wait();
-            }
-            parent.cpus.run(10);
+            let mut parent = moved(&host, &tree, &pool, forks_before);
             let home = parent.vm.ram().space().host_base();
             let plan = fail_nth_call(n, Refusal::OutOfMemory);
             let forked = parent.vm.fork_relocating(&mut parent.cpus);

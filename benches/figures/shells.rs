@@ -147,25 +147,20 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
 
             let mut round = Round::new(effort);
             let (host, pool, state, point, file) = (&host, &pool, &*state, &point, &file);
+            let into_shell = move || {
+                let (time, kept) = timed(|| {
+                    let (clone, mut machine) = pool.spawn(point, state, CloneSpec::default()).expect("a clone");
+                    run_once(&mut machine.vcpus_mut()[0]);
+                    (clone, machine)
+                });
+                drop(kept);
+                time
+            };
             round.probe(move || {
                 pool.wait_filled().expect("shells");
-                let (time, kept) = timed(|| {
-                    let (clone, mut machine) = pool.spawn(point, state, CloneSpec::default()).expect("a clone");
-                    run_once(&mut machine.vcpus_mut()[0]);
-                    (clone, machine)
-                });
-                drop(kept);
-                time
+                into_shell()
             });
-            round.probe(move || {
-                let (time, kept) = timed(|| {
-                    let (clone, mut machine) = pool.spawn(point, state, CloneSpec::default()).expect("a clone");
-                    run_once(&mut machine.vcpus_mut()[0]);
-                    (clone, machine)
-                });
-                drop(kept);
-                time
-            });
+            round.probe(into_shell);
             round.probe(move || {
                 let mut shell = BareShell::new(host, size, devices, state).expect("a bare shell");
                 let (time, ()) = timed(|| shell.enter(host, file, state));

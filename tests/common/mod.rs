@@ -4,6 +4,8 @@
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub mod lives;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub mod machine;
 
 use offshoot::backing::{AnyPage, Backing, Heap};
 use offshoot::disk::{Access, Disk};
@@ -61,12 +63,6 @@ pub fn put<B: Backing>(vm: &Vm<B>, page: u64, value: u64) {
 
 pub fn get<B: Backing>(vm: &Vm<B>, page: u64) -> u64 {
     vm.ram().load(GuestAddress::new(page * PAGE)).expect("RAM can be read")
-}
-
-/// The host's KVM; `None` where there is none, which is told.
-#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
-pub fn kvm_host() -> Option<std::sync::Arc<offshoot::frontend::kvm::KvmHost>> {
-    offshoot::frontend::kvm::KvmHost::open().map_err(offshoot::testing::skip).ok()
 }
 
 #[track_caller]

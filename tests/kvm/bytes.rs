@@ -3,7 +3,7 @@
 use offshoot::frontend::kvm::{DecodeError, Devices, KvmError, MachineState, MsrIndex, VcpuCount, VcpuIndex};
 
 use crate::assert_same_but_for_time;
-use crate::common::kvm_host;
+use crate::common::machine::kvm_host;
 use crate::guest::Guest;
 use crate::interrupts::real_mode_guest;
 use crate::modes::{host_has_avx, mixed_guest};

@@ -7,7 +7,7 @@ use kvm_bindings::{
 use offshoot::frontend::kvm::{Devices, KvmHost, VcpuCount};
 
 use crate::assert_same_but_for_time;
-use crate::common::kvm_host;
+use crate::common::machine::{kvm_host, start_in_real_mode};
 use crate::guest::{Exit, Guest, TWO};
 use crate::programs::{HALTING, HANDLER, WAITING};
 
@@ -37,10 +37,7 @@ pub fn real_mode_guest(host: &KvmHost, code: &[u8], vcpus: VcpuCount) -> Guest {
     let mut lapic = vcpu.get_lapic().unwrap();
     lapic.regs[0xf1] |= 1; // software enable
     vcpu.set_lapic(&lapic).unwrap();
-    let mut sregs = vcpu.get_sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs).unwrap();
-    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rsp: 0x5000, ..Default::default() }).unwrap();
+    start_in_real_mode(vcpu, CODE);
     guest
 }
 

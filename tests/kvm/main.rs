@@ -16,7 +16,7 @@ mod programs;
 
 use std::sync::Arc;
 
-use common::kvm_host;
+use common::machine::kvm_host;
 use guest::{Guest, TWO};
 use modes::mixed_guest;
 use offshoot::frontend::kvm::{
