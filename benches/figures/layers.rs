@@ -39,7 +39,7 @@ fn layers_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     let memory = vec![0x5a_u8; len.get() as usize];
     let mut other = vec![0x5b_u8; len.get() as usize];
     let file = File::open(&layer)?;
-    let verify = || drop(threads.install(|| sealed.verify(&threads, &|_, _| {})).expect("it is whole"));
+    let verify = || drop(sealed.verify(&threads, &|_, _| {}).expect("it is whole"));
 
     let (result, copy) = (place.path().join(format!("{id}.layer")), place.path().join("copy"));
     let mut round = Round::new(effort);

@@ -17,8 +17,6 @@ use super::subject::{PAGE, at, cut, geometry, needs_memory, tree};
 use super::tools::{self, Requests};
 
 const LAYERS: u64 = 64;
-/// Requests of one run of QEMU's.
-const READS: u64 = 20_000;
 
 /// Where the data of a stack lie.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -77,7 +75,7 @@ fn depth_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     {
         let read = |layers| {
             let top = qcow2_chain(place, len, layers, data)?;
-            tools::a_few(|| tools::qemu_bench(&top, Requests::Reads(READS)))
+            tools::a_few(|| tools::qemu_bench(&top, Requests::Reads(effort.pick(2000, 20_000))))
         };
         let (many, one): (Stats, Stats) = (read(LAYERS)?, read(1)?);
         row(report, place, case, many, "qemu-img bench, 1 file", one, Goal::None);
