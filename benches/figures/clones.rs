@@ -43,7 +43,11 @@ fn clones_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     (0..EXTENTS).try_for_each(|n| written.write(at(n * APART / PAGE), &page))?;
     written.flush()?;
     drop(written);
-    store.clone_disk(&source, &CloneName::new("first")?)?;
+    // The same as a golden image is kept: one sealed layer, and no disk of its own.
+    let (flat, image_name) = (CloneName::new("flat")?, CloneName::new("image")?);
+    store.clone_disk(&source, &flat)?;
+    store.flatten(&flat)?;
+    store.snapshot(&flat, &image_name)?;
 
     let serial = Cell::new(0u64);
     let fresh = |what: &str| {
@@ -60,10 +64,13 @@ fn clones_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
         })
         .0
     });
-    round.probe(|| {
-        let name = CloneName::new(fresh("clone")).expect("a good name");
-        timed(|| store.clone_disk(&source, &name).expect("room for a clone")).0
-    });
+    for from in [&image_name, &source] {
+        let (store, fresh) = (&store, &fresh);
+        round.probe(move || {
+            let name = CloneName::new(fresh("clone")).expect("a good name");
+            timed(|| store.clone_disk(from, &name).expect("room for a clone")).0
+        });
+    }
     round.probe(|| {
         File::create_new(path(&fresh("entry"))).expect("a new file");
         timed(|| File::open(place.path()).and_then(|dir| dir.sync_all()).expect("a sync of the directory")).0
@@ -79,7 +86,7 @@ fn clones_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
         })
         .0
     });
-    let [spawn, durable, named, sync, plain] = round.run();
+    let [spawn, durable, of_image, of_disk, sync, plain] = round.run();
     let mut row = |case: &str, stats: Stats, baseline: Option<(&str, Stats)>, goal: Goal| {
         let baseline = baseline.map(|(name, stats)| Baseline::new(name, stats));
         report.row(&Row { case: format!("{}: {case}", place.name), unit: Unit::Microseconds, stats, baseline, goal });
@@ -88,7 +95,8 @@ fn clones_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     let most = Goal::Median(100.0 + sync.p50 / 1e3);
     row("a clone with a durable head", durable, Some(("one sync of the directory", sync)), most);
     row("the same", durable, Some(("a file of 8 KiB, synced with its directory", plain)), Goal::None);
-    row("a clone with a name in the store", named, Some(("one sync of the directory", sync)), most);
+    row("in the store, a clone of an image", of_image, Some(("one sync of the directory", sync)), most);
+    row("in the store, a clone of a disk", of_disk, Some(("one sync of the directory", sync)), most);
 
     // One that is missing does not take the other's row away.
     let mut skips = Vec::new();
@@ -102,10 +110,7 @@ fn clones_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     // A file system of the caller's that can share extents, where this one cannot.
     let elsewhere = std::env::var_os("OFFSHOOT_REFLINK_DIR").map(PathBuf::from);
     match reflink(elsewhere.as_deref().unwrap_or(place.path())) {
-        Ok(stats) if elsewhere.is_some() => {
-            row("a reflink in OFFSHOOT_REFLINK_DIR, synced", stats, None, Goal::None);
-        }
-        Ok(stats) => row("a reflink, synced with its directory", stats, None, Goal::None),
+        Ok(stats) => row("a reflink of such a file, synced", stats, None, Goal::None),
         Err(skip) => skips.push(skip),
     }
     skips.iter().for_each(|skip| report.skipped(skip));
@@ -140,25 +145,26 @@ fn sparse_file(path: &Path) -> Result<File, Skip> {
 /// A file that shares all extents with another, durable.
 #[cfg(target_os = "linux")]
 fn reflink(directory: &Path) -> Result<Stats, Skip> {
-    let (from, to) = (directory.join("offshoot-reflink-from"), directory.join("offshoot-reflink-to"));
-    let _gone = [Gone(&from), Gone(&to)];
-    drop(sparse_file(&from)?);
-    let from = File::open(&from)?;
+    let [empty, from, to] = ["empty", "from", "to"].map(|name| directory.join(format!("offshoot-reflink-{name}")));
+    let _gone = [Gone(&empty), Gone(&from), Gone(&to)];
+    let share = |from: &File, to: &File| {
+        rustix::fs::ioctl_ficlone(to, from).map_err(|error| {
+            let place = directory.display();
+            Skip::new(format!("a reflink in {place}: {error}: name another directory in OFFSHOOT_REFLINK_DIR"))
+        })
+    };
+    // Asked with a file of nothing, before the large one is made.
+    share(&File::create_new(&empty)?, &File::create_new(&to)?)?;
+    let from = sparse_file(&from)?;
     let clone = || -> Result<f64, Skip> {
         std::fs::remove_file(&to).ok();
-        let (time, done) = timed(|| -> std::io::Result<()> {
+        let (time, done) = timed(|| -> Outcome {
             let to = File::create_new(&to)?;
-            rustix::fs::ioctl_ficlone(&to, &from)?;
+            share(&from, &to)?;
             to.sync_data()?;
-            File::open(directory)?.sync_all()
+            Ok(File::open(directory)?.sync_all()?)
         });
-        done.map_err(|error| {
-            Skip::new(format!(
-                "a reflink in {}: {error}: name another directory in OFFSHOOT_REFLINK_DIR",
-                directory.display()
-            ))
-        })?;
-        Ok(time)
+        done.map(|()| time)
     };
     tools::a_few(clone)
 }
