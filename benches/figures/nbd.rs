@@ -12,7 +12,7 @@ use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::disk::{Access, Disk};
 use offshoot::frontend::nbd::{Endpoint, Export, ExportName, Server, ServerLimits};
 use offshoot::page::{ByteOffset, ByteSize, SECTOR_SIZE, SectorCount};
-use offshoot::store::DiskDir;
+use offshoot::store::{DiskDir, Durable};
 
 use self::client::{Client, OPT_GO, READ, WRITE, info_request, request_bytes};
 use super::options::Effort;
@@ -79,18 +79,21 @@ fn requests_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
 /// A clone of a full durable disk, half of it its own, as an export.
 fn ours(dir: &Path, len: ByteSize) -> Result<Server, Skip> {
     let parent = DiskDir::open(dir, &tree())?.create(geometry(len)?, None)?;
-    let piece = vec![0x77; 1 << 20];
-    let fill = |disk: &dyn Fn(ByteOffset, &[u8]) -> Result<(), offshoot::SpaceError>, step: usize| {
-        (0..len.get()).step_by(step * piece.len()).try_for_each(|offset| disk(ByteOffset::new(offset), &piece))
-    };
-    fill(&|at, bytes| parent.write(at, bytes), 1)?;
+    write_mebibytes(&parent, len, 1)?;
     let clone = parent.cut()?.commit().0.spawn()?;
-    fill(&|at, bytes| clone.write(at, bytes), 2)?;
+    write_mebibytes(&clone, len, 2)?;
     clone.flush()?;
     let disk = Disk::over(clone, SectorCount::new(len.get() / SECTOR_SIZE), Access::ReadWrite)?;
     let server = Server::start(&[Endpoint::unix(dir.join("ours"))], ServerLimits::default())?;
     server.add(ExportName::new("clone")?, Export::new(disk.into()))?;
     Ok(server)
+}
+
+/// Writes every n-th of its mebibytes.
+fn write_mebibytes(disk: &Durable, len: ByteSize, every: usize) -> Outcome {
+    let piece = vec![0x77; 1 << 20];
+    let mut offsets = (0..len.get()).step_by(every * piece.len());
+    Ok(offsets.try_for_each(|offset| disk.write(ByteOffset::new(offset), &piece))?)
 }
 
 /// Somebody else's server.
