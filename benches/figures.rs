@@ -41,6 +41,8 @@ mod figures {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod reset;
     pub mod sample;
+    #[cfg(all(feature = "store", target_os = "linux"))]
+    pub mod saved;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
     #[cfg(target_os = "linux")]
@@ -151,6 +153,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
     Figure { name: "durable", what: "durable disks: random 4 KiB requests", run: unix!(store::requests) },
     Figure { name: "durable-clone", what: "durable disks: a clone, and verifying a layer", run: unix!(store::clones) },
+    Figure { name: "saved", what: "a whole VM to files and back", run: linux!(saved::saved) },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },

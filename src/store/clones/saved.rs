@@ -18,7 +18,7 @@ use super::{CloneError, CloneName, CloneStore, Inner, Problem, Sweep};
 use crate::backing::Sealed;
 use crate::error::{SpaceError, StoreError};
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageSet, PageSize};
 use crate::store::id::{LAYER, LayerId, SavedId};
 use crate::store::image::DurableImage;
 use crate::store::job::Job;
@@ -123,7 +123,7 @@ impl CloneStore {
         let mut new = to.new_saved(new_name)?;
         let mut tops = Vec::with_capacity(images.len());
         for image in &images {
-            let (len, pages) = (Sealed::geometry(image).pages(), data_pages(image)?);
+            let (len, pages) = (Sealed::geometry(image).pages(), Sealed::data(image)?);
             tops.push(match pages.is_empty() {
                 true => None,
                 false => Some(new.layer(image, len, &pages, None, threads, job)?),
@@ -195,17 +195,6 @@ impl CloneStore {
         }
         Ok(layers)
     }
-}
-
-/// The pages of 4 KiB that may hold anything but zeroes.
-pub(crate) fn data_pages(source: &dyn Source) -> Result<PageSet, SpaceError> {
-    let (mut pages, mut at) = (PageSet::new(), ByteOffset::ZERO);
-    while let Some(data) = source.next_data(at)? {
-        let end = PageIndex::new(data.end.get().div_ceil(PageSize::KIB_4.bytes().get()));
-        pages.push(PageRange::from_bounds(PageSize::KIB_4.page_of(data.start), end));
-        at = data.end;
-    }
-    Ok(pages)
 }
 
 fn too_long(pages: PageCount) -> CloneError {
