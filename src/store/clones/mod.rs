@@ -16,7 +16,6 @@ mod catalogue;
 mod check;
 mod create;
 mod error;
-mod gather;
 mod layers;
 mod list;
 mod record;

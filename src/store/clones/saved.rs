@@ -4,13 +4,13 @@
 //! state mean, nor how a VM is put together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::RwLockReadGuard;
 
 use super::catalogue::{Catalogue, Change};
-use super::create::Zeroes;
-use super::gather::gather;
+use super::create::{Zeroes, read_padded};
 use super::layers::{chain, closure, files_of, rows_for};
 use super::list::Health;
 use super::record::{LayerRecord, SavedRecord, shape_of};
@@ -22,8 +22,9 @@ use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, Page
 use crate::store::id::{LAYER, LayerId, SavedId};
 use crate::store::image::DurableImage;
 use crate::store::job::Job;
+use crate::store::record::BLOCK;
 use crate::store::saved::{self, Manifest};
-use crate::store::sealed::Writer;
+use crate::store::sealed::{Run, Writer, copy};
 
 /// What the store says of a saved VM.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -234,7 +235,15 @@ impl NewSaved<'_> {
         let id = LayerId::random().map_err(|error| dir.no_id(error))?;
         let mut writer = Writer::create(dir.shared_folder(), id, parent, shape)?;
         let zeroes = if parent.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
-        gather(source, copied, zeroes, (id, &mut writer), threads, job)?;
+        let (done, total) = (AtomicU64::new(0), copied.count().get());
+        job.step(id, 0, total)?;
+        threads.install(|| {
+            copy(&mut writer, copied.runs().map(Run::Read), zeroes, |range, buf| {
+                read_padded(source, range.start().get() * BLOCK as u64, buf)?;
+                let count = range.count().get();
+                Ok::<_, SpaceError>(job.step(id, done.fetch_add(count, Ordering::Relaxed) + count, total)?)
+            })
+        })?;
         self.made.push(format!("{id}.{LAYER}"));
         writer.finish()?;
         Ok(id)

@@ -33,7 +33,7 @@ impl<B: Backing> ForkPoint<B> {
     /// kept. Others are copied, without zeroes. The saved VM is there, durably, when this returns; killed at any point before, the store opens without it.
     /// [`ForkPoint::load`] brings it back; [`CloneStore::delete`] removes it.
     ///
-    /// Costs a read and a write of what is not zero, and three syncs of files; 8 MiB of memory. Where a fork point of the same family was saved in
+    /// Costs a read and a write of what is not zero, and three syncs of files; 2 MiB of memory for pages, and 4 bytes for each page that is copied. Two threads are enough: one reads and sums while the other writes. Where a fork point of the same family was saved in
     /// this store, or loaded from it, [`ForkPoint::save_since`] saves what changed.
     ///
     /// # Errors
