@@ -13,7 +13,7 @@ use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
 use kvm_ioctls::VcpuExit;
 use offshoot::backing::Mapped;
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, MachineState, VcpuIndex, VmBuilder, finish_exit,
+    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, MachineState, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
 use offshoot::ram::{RamLayout, RamRegion};
@@ -92,7 +92,7 @@ impl Guest for Cpu {
 }
 
 fn built(host: &Arc<KvmHost>, vm: &Vm<Mapped>, devices: Devices) -> KvmMachine {
-    VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap().vcpus(1).unwrap()
+    VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap().vcpus(VcpuCount::new(1)).unwrap()
 }
 
 fn counting(host: &Arc<KvmHost>, devices: Devices) -> (Vm<Mapped>, Cpu) {
