@@ -92,7 +92,7 @@ impl Guest for Cpu {
 }
 
 fn built(host: &Arc<KvmHost>, vm: &Vm<Mapped>, devices: Devices) -> KvmMachine {
-    VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap().vcpus(VcpuCount::new(1)).unwrap()
+    VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap().vcpus(VcpuCount::ONE).unwrap()
 }
 
 fn counting(host: &Arc<KvmHost>, devices: Devices) -> (Vm<Mapped>, Cpu) {
