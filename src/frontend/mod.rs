@@ -7,5 +7,12 @@ pub mod formats;
 pub mod kvm;
 #[cfg(all(feature = "nbd", unix))]
 pub mod nbd;
+#[cfg(any(
+    all(feature = "nbd", unix),
+    all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))
+))]
+mod socket_file;
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub mod uffd;
 #[cfg(all(feature = "vm-memory", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub mod vm_memory;
