@@ -220,6 +220,9 @@ pub enum StoreError {
         /// How many are allowed.
         limit: u64,
     },
+    /// Somebody stopped the call: see `store::Job`.
+    #[error("cancelled: nothing has changed")]
+    Cancelled,
     /// The layers do not fit together.
     #[error("{file}: {what}")]
     Chain {

@@ -45,6 +45,8 @@ mod flush;
 mod head;
 mod id;
 mod image;
+#[cfg(feature = "store")]
+mod job;
 mod layer;
 mod map;
 mod medium;
@@ -52,15 +54,21 @@ mod overlay;
 mod presence;
 mod ranges;
 mod record;
+mod saved;
 mod sealed;
 
 #[cfg(feature = "store")]
 pub use clones::{
-    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SpaceUsed, StoreOptions,
+    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SavedInfo, SpaceUsed, StoreOptions,
 };
+#[cfg(feature = "store")]
+pub(crate) use clones::{NewSaved, StoreTag, data_pages};
 pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
-pub use id::{DiskId, LayerId};
+pub use id::{DiskId, LayerId, SavedId};
 pub use image::{DurableImage, LayerInfo};
+#[cfg(feature = "store")]
+pub use job::{Cancel, Job};
 pub use medium::{Folder, Medium, Sharing, open_folder};
+pub use saved::{Manifest, SavedAccess, SavedDisk, SavedRegion};
 pub use sealed::{Progress, Verified};

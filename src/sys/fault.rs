@@ -32,6 +32,10 @@ pub(crate) enum Call {
     /// Any call on a userfaultfd, or a connection, of another process.
     #[cfg_attr(not(feature = "uffd"), expect(dead_code, reason = "only that front end makes them"))]
     Peer(PeerCall),
+    #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
+    Dup,
+    #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
+    Spawn,
     Fdatasync,
     Fsync,
     Flock,
@@ -100,6 +104,8 @@ impl Call {
             Self::Getrandom => "getrandom",
             Self::Poll => "poll",
             Self::Peer(call) => call.name(),
+            Self::Dup => "fcntl(F_DUPFD_CLOEXEC)",
+            Self::Spawn => "fork",
             Self::Fdatasync => "fdatasync",
             Self::Fsync => "fsync",
             Self::Flock => "flock",

@@ -172,7 +172,7 @@ impl CloneStore {
         self.name_layer(&mut catalogue, name, CloneRecord { disk: disk.id(), ..record })
     }
 
-    fn check_here(&self, folder: &dyn crate::store::Folder) -> Result<(), CloneError> {
+    pub(super) fn check_here(&self, folder: &dyn crate::store::Folder) -> Result<(), CloneError> {
         if std::ptr::addr_eq(folder, self.folder()) { Ok(()) } else { Err(CloneError::OtherStore) }
     }
 
