@@ -79,7 +79,7 @@ impl File {
     }
 
     /// A descriptor of the same file, closed on exec.
-    #[cfg(feature = "qemu")]
+    #[cfg(any(feature = "qemu", feature = "uffd"))]
     fn share(&self) -> Result<OwnedFd, SysError> {
         checked(Call::Dup, || rustix::io::fcntl_dupfd_cloexec(&self.fd, 0))
     }
@@ -325,7 +325,7 @@ impl SealedMemfd {
     ///
     /// # Errors
     /// [`SysError::OutOfDescriptors`].
-    #[cfg(feature = "qemu")]
+    #[cfg(any(feature = "qemu", feature = "uffd"))]
     pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
         self.file.share()
     }

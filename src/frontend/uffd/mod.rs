@@ -19,6 +19,7 @@ mod options;
 mod served;
 mod server;
 mod service;
+mod snapshot;
 mod stop;
 
 pub use crate::frontend::socket_file::SocketMode;
@@ -29,4 +30,5 @@ pub use map::{MapError, MemoryMap, MemoryRegion};
 pub use options::{FaultService, ServerLimits, Unreadable};
 pub use server::{Server, StartError};
 pub use service::{End, Served, serve};
+pub use snapshot::{MemoryFile, SnapshotDir, SnapshotError};
 pub use stop::Stop;
