@@ -122,7 +122,9 @@ pub(super) fn arguments(spec: &QemuSpec, wiring: &Wiring<'_>) -> Vec<OsString> {
             "server": { "type": "unix", "path": wiring.disks.to_string_lossy() },
         });
         option("-blockdev", &[text(node.to_string())]);
-        option("-device", &[text(format!("virtio-blk-pci,id=vd{at},drive=disk{at},bootindex={at}"))]);
+        // A kernel that is given is what is booted first; disks that ask for that too are refused.
+        let boot = if spec.kernel.is_none() { format!(",bootindex={at}") } else { String::new() };
+        option("-device", &[text(format!("virtio-blk-pci,id=vd{at},drive=disk{at}{boot}"))]);
     }
     let netdev = match &spec.nic {
         Nic::None => None,
@@ -206,6 +208,7 @@ mod tests {
         };
         assert_eq!(devices(&parent), devices(&clone));
         assert_eq!(devices(&parent).len(), 7);
+        assert!(!devices(&parent).iter().any(|device| device.contains("bootindex")));
         assert_eq!(after(&parent, "-netdev"), ["tap,id=link,ifname=t-MAC"]);
         assert_eq!(after(&parent, "-append"), ["console=ttyS0,9"]);
     }
