@@ -57,6 +57,8 @@ mod figures {
     pub mod toucher;
     pub mod tree;
     pub mod trees;
+    #[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub mod uffd;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod writer;
 }
@@ -124,6 +126,18 @@ macro_rules! nbd {
     };
 }
 
+/// A figure of the page-fault server: skipped, aloud, where there is none.
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+macro_rules! uffd {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+macro_rules! uffd {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("the page-fault server is a feature, and Linux only"))
+    };
+}
+
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
     Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
@@ -155,6 +169,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
+    Figure { name: "uffd", what: "a page fault of a VMM, served over userfaultfd", run: uffd!(uffd::faults) },
     Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];

@@ -191,6 +191,12 @@ impl Uffd {
             .expect("memory that can be protected");
     }
 
+    /// Waits for an event.
+    pub fn wait(&self) {
+        let mut polled = [rustix::event::PollFd::new(&self.0, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut polled, None).expect("a descriptor that can be waited for");
+    }
+
     /// The address of a fault, if one waits.
     pub fn next_fault(&self) -> Option<u64> {
         let mut message = [0; 32];
