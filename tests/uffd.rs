@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use offshoot::backing::{Backing, Cut, FileImage, Heap, Mapped};
 use offshoot::frontend::uffd::{
-    End, FaultCounts, FaultService, HandshakeError, MapError, Server, ServerLimits, SocketMode, StartError, Stop, Unreadable, serve,
+    End, FaultCounts, FaultService, HandshakeError, MapError, Server, ServerLimits, SocketMode, StartError, Stop,
+    Unreadable, serve,
 };
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, Geometry, PageCount, PageSize};

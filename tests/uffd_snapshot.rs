@@ -174,7 +174,9 @@ fn several_layers_are_refused_or_gathered() {
     assert_eq!((stat.len(), stat.mode() & 0o777), ((PAGES * PAGE) as u64, 0o600));
     assert!(stat.blocks() * 512 <= (PAGES * PAGE * 5 / 8) as u64, "zeroes are holes");
     let existing = SnapshotDir::create(&folder.0.join("flat"), &fork(&parent(&tree)), b"", MemoryFile::Sealed);
-    assert!(matches!(existing, Err(SnapshotError::Io { error, .. }) if error.kind() == std::io::ErrorKind::AlreadyExists));
+    assert!(
+        matches!(existing, Err(SnapshotError::Io { error, .. }) if error.kind() == std::io::ErrorKind::AlreadyExists)
+    );
     assert!(taken_elsewhere(&flat.memory(), &[]), "and what was there is untouched");
 }
 

@@ -27,12 +27,18 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
-    #[cfg_attr(not(any(feature = "nbd", feature = "uffd")), expect(dead_code, reason = "only those front ends make it"))]
+    #[cfg_attr(
+        not(any(feature = "nbd", feature = "uffd")),
+        expect(dead_code, reason = "only those front ends make it")
+    )]
     Poll,
     /// Any call on a userfaultfd, or a connection, of another process.
     #[cfg_attr(not(feature = "uffd"), expect(dead_code, reason = "only that front end makes them"))]
     Peer(PeerCall),
-    #[cfg_attr(not(any(feature = "qemu", feature = "uffd")), expect(dead_code, reason = "only those front ends make it"))]
+    #[cfg_attr(
+        not(any(feature = "qemu", feature = "uffd")),
+        expect(dead_code, reason = "only those front ends make it")
+    )]
     Dup,
     #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
     Spawn,

@@ -238,8 +238,7 @@ impl Vmm {
     /// Regions of so many pages, each with its first page in the image; registered, and not connected yet.
     pub fn new(regions: &[(usize, usize)], features: u64, mode: u64) -> Self {
         let uffd = Uffd::with(features).expect("a userfaultfd");
-        let regions: Vec<_> =
-            regions.iter().map(|&(pages, first)| (Memory::new(pages * PAGE), first * PAGE)).collect();
+        let regions: Vec<_> = regions.iter().map(|&(pages, first)| (Memory::new(pages * PAGE), first * PAGE)).collect();
         regions.iter().for_each(|(memory, _)| uffd.register(memory, mode));
         Self { regions, uffd, _socket: None }
     }

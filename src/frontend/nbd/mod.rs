@@ -25,9 +25,9 @@ mod socket;
 mod status;
 mod wire;
 
+pub use crate::frontend::socket_file::SocketMode;
 pub use context::{BASE_ALLOCATION, DIRTY_BITMAP};
 pub use export::{AddError, BadName, Export, ExportName, Exports};
-pub use crate::frontend::socket_file::SocketMode;
 pub use gate::Drained;
 pub use limits::ServerLimits;
 pub use server::{Server, StartError};

@@ -112,7 +112,11 @@ impl MemoryMap {
     pub fn parse(message: &[u8], image: ByteSize) -> Result<Self, MapError> {
         let mut rest = message;
         let map = Self::from_reader(&mut rest, image)?;
-        if rest.iter().all(u8::is_ascii_whitespace) { Ok(map) } else { Err(MapError::Json("more than one list".into())) }
+        if rest.iter().all(u8::is_ascii_whitespace) {
+            Ok(map)
+        } else {
+            Err(MapError::Json("more than one list".into()))
+        }
     }
 
     /// The same from a stream, of which it takes no byte after the list.
@@ -213,7 +217,8 @@ impl Told {
             (None, None) => PAGE.bytes(),
         };
         let page_size = PageSize::new(page)?;
-        if len == ByteSize::ZERO || [base.get(), len.get(), offset.get()].iter().any(|n| !n.is_multiple_of(page.get())) {
+        if len == ByteSize::ZERO || [base.get(), len.get(), offset.get()].iter().any(|n| !n.is_multiple_of(page.get()))
+        {
             return Err(MapError::Misaligned { base, len, offset, page });
         }
         let inside = offset.checked_add(len).is_some_and(|end| end.get() <= image.get());
@@ -239,7 +244,8 @@ mod tests {
     #[test]
     fn every_version_of_the_message_is_read() {
         for more in ["", r#","page_size_kib":4096"#, r#","page_size":4096,"page_size_kib":4096,"new":[{}]"#] {
-            let map = parse(&format!("[{},{}]\n", region(0x20000, 8192, 4096, more), region(0x8000, 4096, 0, more))).unwrap();
+            let map =
+                parse(&format!("[{},{}]\n", region(0x20000, 8192, 4096, more), region(0x8000, 4096, 0, more))).unwrap();
             assert_eq!(map.regions()[0].base, VmmAddress::new(0x8000));
             assert_eq!(map.offset_of(VmmAddress::new(0x8fff)), Some(ByteOffset::new(0xfff)));
             assert_eq!(map.offset_of(VmmAddress::new(0x9000)), None);
@@ -282,7 +288,8 @@ mod tests {
 
     #[test]
     fn ranges_of_addresses_meet_the_pages_of_each_region() {
-        let map = parse(&format!("[{},{}]", region(0x1000, 0x2000, 0, ""), region(0x5000, 0x3000, 0x2000, ""))).unwrap();
+        let map =
+            parse(&format!("[{},{}]", region(0x1000, 0x2000, 0, ""), region(0x5000, 0x3000, 0x2000, ""))).unwrap();
         let pages = |start, end| -> Vec<_> {
             let found = map.pages_in(VmmAddress::new(start), VmmAddress::new(end));
             found.map(|(region, pages)| (region, pages.start().get(), pages.end().get())).collect()

@@ -190,7 +190,9 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener, _file: SocketFile) {
         }
         let welcomed = match listener.accept() {
             Ok((socket, _)) => welcome(shared, socket),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => Ok(()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
+                Ok(())
+            }
             Err(error) => Err(error),
         };
         if let Err(error) = welcomed {

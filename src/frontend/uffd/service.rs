@@ -115,7 +115,8 @@ pub(super) fn serve_counted(
     stop: &Stop,
     counters: &Counters,
 ) -> Served {
-    let peer = Peer::of(socket).inspect_err(|error| tracing::debug!(%error, "the VMM's end is seen by its socket")).ok();
+    let peer =
+        Peer::of(socket).inspect_err(|error| tracing::debug!(%error, "the VMM's end is seen by its socket")).ok();
     let pid = peer.as_ref().and_then(Peer::pid);
     let end = run(socket, image, service, stop, peer, counters);
     Served { end, pid, counts: counters.now() }

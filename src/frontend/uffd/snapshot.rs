@@ -32,7 +32,9 @@ pub enum MemoryFile {
 #[non_exhaustive]
 pub enum SnapshotError {
     /// RAM lies on several layers, or was never cut.
-    #[error("RAM lies on several layers, and no file shows it: ask for a flattened or a copied one, or serve page faults")]
+    #[error(
+        "RAM lies on several layers, and no file shows it: ask for a flattened or a copied one, or serve page faults"
+    )]
     Layered,
     /// RAM could not be read, or be copied.
     #[error(transparent)]
@@ -85,7 +87,12 @@ impl SnapshotDir {
         Ok(Self { path: path.to_owned(), linked: made? })
     }
 
-    fn fill(path: &Path, ram: &MappedImage, state: &[u8], memory: MemoryFile) -> Result<Option<OwnedFd>, SnapshotError> {
+    fn fill(
+        path: &Path,
+        ram: &MappedImage,
+        state: &[u8],
+        memory: MemoryFile,
+    ) -> Result<Option<OwnedFd>, SnapshotError> {
         let file = path.join(Self::MEMORY);
         let sealed = match memory {
             MemoryFile::Sealed => Some(ram.whole_file()?.ok_or(SnapshotError::Layered)?),
