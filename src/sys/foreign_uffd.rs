@@ -157,7 +157,7 @@ impl ForeignUffd {
     pub(crate) fn take(fd: OwnedFd) -> Result<Self, TakeError> {
         // Calls on other descriptors could mean anything, so its kind is asked for first, and by a name that no file can have.
         let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        let name = checked(Call::Peer(PeerCall::Readlink), || Ok(rustix::fs::readlink(&link, Vec::new())?))?;
+        let name = checked(Call::Peer(PeerCall::Readlink), || rustix::fs::readlink(&link, Vec::new()))?;
         if name.as_bytes() != b"anon_inode:[userfaultfd]" {
             return Err(TakeError::NotUserfaultfd);
         }
