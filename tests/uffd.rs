@@ -553,7 +553,7 @@ fn hostile_clients_get_an_end_and_others_are_served() {
         return;
     }
     let bytes = content(16, 11);
-    let service = FaultService { handshake: Duration::from_millis(200), ..FaultService::default() };
+    let service = FaultService { handshake: Duration::from_secs(1), ..FaultService::default() };
     let serving = Serving::new(Arc::new(ByteSource::new(bytes.clone())), service);
     let connect = || UnixStream::connect(&serving.path).unwrap();
     let uffd = || Uffd::with(EVENT_REMOVE).unwrap();

@@ -189,6 +189,7 @@ fn a_failing_call_leaves_nothing() {
     clone.start().unwrap();
     clone.ram().write(address(7), &[1]).unwrap();
     let second = fork(&clone);
+    first.teardown().wait();
     second.teardown().wait();
     let usage = tree.usage();
     for (point, memory) in
