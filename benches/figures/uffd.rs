@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use offshoot::backing::{Backing, Heap, Mapped};
+use offshoot::backing::{Heap, Mapped};
 use offshoot::frontend::uffd::{End, FaultService, Stop, serve};
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, PageCount};
