@@ -71,6 +71,8 @@ mod figures {
     pub mod toucher;
     pub mod tree;
     pub mod trees;
+    #[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub mod uffd;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod writer;
 }
@@ -150,6 +152,18 @@ macro_rules! nbd {
     };
 }
 
+/// A figure of the page-fault server: skipped, aloud, where there is none.
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+macro_rules! uffd {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+macro_rules! uffd {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("the page-fault server is a feature, and Linux only"))
+    };
+}
+
 /// A figure of disk images: skipped, aloud, where there are none.
 #[cfg(all(feature = "imago", unix))]
 macro_rules! imago {
@@ -197,6 +211,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
+    Figure { name: "uffd", what: "a page fault of a VMM, served over userfaultfd", run: uffd!(uffd::faults) },
     Figure { name: "convert", what: "disk images of other tools, in and out", run: imago!(images::convert) },
     Figure { name: "convert-sparse", what: "a large disk with little in it, out", run: imago!(images::nearly_empty) },
     Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },

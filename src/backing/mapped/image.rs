@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::ops::Range;
-#[cfg(feature = "qemu")]
+#[cfg(any(feature = "qemu", feature = "uffd"))]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -183,7 +183,7 @@ impl MappedImage {
 
     /// The one sealed file that shows the whole image, every byte at its own offset; `None` where it lies on several, or on none: a
     /// flattened image has one. The descriptor is the caller's own.
-    #[cfg(feature = "qemu")]
+    #[cfg(any(feature = "qemu", feature = "uffd"))]
     pub(crate) fn whole_file(&self) -> Result<Option<OwnedFd>, SpaceError> {
         let Some(map) = self.map() else { return Ok(None) };
         let (base, over) = map.plan();
