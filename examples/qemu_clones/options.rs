@@ -17,7 +17,7 @@ Usage: qemu_clones [options]
   --clones N        clones of each generation (default 4)
   --generations N   how often the first clone is forked again (default 1: not at all)
   --ram SIZE        RAM of each guest (default 256M)
-  --vcpus N         processors of each guest (default 1)
+  --vcpus N         processors of each guest (default 2: with one, QEMU's translator before 8.1 may lose a device's notification)
   --accel tcg|kvm   what executes the guests (default tcg, which works everywhere)
   --dir DIR         where consoles and sockets go (default: a new directory in the system's temporary one)
   --keep            leave the clones running until Ctrl-C
@@ -104,7 +104,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
         clones: 4,
         generations: 1,
         ram: ByteSize::mib(256),
-        vcpus: 1,
+        vcpus: 2,
         accelerator: Accelerator::Tcg,
         dir: None,
         own: OwnGuest::default(),

@@ -121,7 +121,7 @@ pub fn run(options: &Options) -> Result<(), BoxError> {
     let mut clones: Vec<Born> = Vec::new();
     for generation in 1..=options.generations {
         // The first clone of the last generation has run, and written, since it was born.
-        let last = clones.iter_mut().rev().filter(|born| born.generation + 1 == generation).next_back();
+        let last = clones.iter_mut().find(|born| born.generation + 1 == generation);
         let source = last.map_or(&mut parent, |born| &mut born.vm);
         let point = source.fork(AfterFork::Continue)?;
         report.forked(generation, &point.timings());
