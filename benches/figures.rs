@@ -49,6 +49,8 @@ mod figures {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod reset;
     pub mod sample;
+    #[cfg(all(feature = "store", target_os = "linux"))]
+    pub mod saved;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
     #[cfg(target_os = "linux")]
@@ -204,6 +206,7 @@ const FIGURES: &[Figure] = &[
     Figure { name: "durable-clone", what: "durable disks: a clone of 64 GiB", run: clones!(clones::clones) },
     Figure { name: "durable-layer", what: "durable disks: verifying and sealing a layer", run: unix!(layers::layers) },
     Figure { name: "durable-open", what: "durable disks: opening one, and its memory", run: unix!(layers::open) },
+    Figure { name: "saved", what: "a whole VM to files and back", run: linux!(saved::saved) },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
