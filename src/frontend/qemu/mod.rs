@@ -33,6 +33,7 @@ mod command;
 mod error;
 mod family;
 mod guest;
+mod parked;
 mod point;
 mod private_pages;
 mod process;
@@ -45,6 +46,7 @@ mod vm;
 pub use command::AGENT_PORT;
 pub use error::QemuError;
 pub use guest::QemuForkTimings;
+pub use parked::Parked;
 pub use point::{AtBirth, QemuClone, QemuPoint, QemuShell, QemuSpawnTimings};
 pub use qmp::QmpError;
 /// What QMP is made of.
