@@ -14,7 +14,7 @@ use super::layer::{Body, Layer, Place};
 use super::map::{BLOCK_PAGES, MapBlock};
 use super::overlay::Shape;
 use super::record::BLOCK;
-use super::sealed::{Progress, Verified, Writer};
+use super::sealed::{Progress, Run, Verified, Writer, Zeroes, copy};
 use crate::account::{Charge, Item};
 use crate::backing::{Sealed, next_data_in};
 use crate::error::{SpaceError, StoreError};
@@ -197,7 +197,8 @@ impl DurableImage {
     }
 
     /// Rewrites its topmost layer in the sealed form, beside the old one, which stays in use by whoever has it open. Disks that are opened from then on use
-    /// the new file. Nothing to do where the layer is sealed already, or where there is none. Costs a copy of the layer's pages.
+    /// the new file. Nothing to do where the layer is sealed already, or where there is none. Costs a copy of the layer's pages; called inside a rayon pool
+    /// (`ThreadPool::install`), as a flatten or a merge may be, it reads and writes at the same time.
     ///
     /// # Errors
     /// What the medium says. There is then no new file.
@@ -207,27 +208,17 @@ impl DurableImage {
         top.freeze()?;
         let folder = self.0.dir.shared_folder();
         let mut writer = Writer::create(folder, top.id(), overlay.parent(), self.0.shape)?;
-        let mut page_bytes = [0; BLOCK];
+        let mut runs = Vec::new();
         overlay.load(|start, block| {
             let block = block?;
-            // Both kinds in the order of the disk.
-            let data = MapBlock::runs(&block.data).into_iter().map(|run| (run, true));
-            let zero = MapBlock::runs(&block.zero).into_iter().map(|run| (run, false));
-            let mut runs: Vec<_> = data.chain(zero).collect();
-            runs.sort_unstable_by_key(|(run, _)| run.start());
-            for (run, is_data) in runs {
-                let run = moved(run, start);
-                if !is_data {
-                    writer.zero(run);
-                    continue;
-                }
-                for page in run.iter() {
-                    overlay.read(page.get() * BLOCK as u64, &mut page_bytes)?;
-                    writer.page(page, &page_bytes)?;
-                }
-            }
+            let first = runs.len();
+            runs.extend(MapBlock::runs(&block.data).into_iter().map(|run| Run::Read(moved(run, start))));
+            runs.extend(MapBlock::runs(&block.zero).into_iter().map(|run| Run::Zero(moved(run, start))));
+            runs[first..].sort_unstable_by_key(|run| run.range().start());
             Ok(())
         })?;
+        let read = |range: PageRange, buf: &mut [u8]| overlay.read(range.start().get() * BLOCK as u64, buf);
+        copy::<StoreError>(&mut writer, runs.into_iter(), Zeroes::Data, read)?;
         writer.finish()?;
         // The old file has done its duty. Where its name cannot be taken away it is passed over from now on.
         if let Err(error) = self.0.dir.folder().remove(overlay.file().name()) {
@@ -243,18 +234,12 @@ impl DurableImage {
         Err(SpaceError::Unrelated("the images do not come from one parent: compare or merge relatives only"))
     }
 
-    /// Copies the pages of `runs` into a new sealed layer; pages of zeroes become zero, or are left out.
+    /// Copies the pages of `runs` into a new sealed layer.
     fn copy_into(&self, writer: &mut Writer, runs: &[PageRange], zeroes: Zeroes) -> Result<(), SpaceError> {
-        let mut bytes = [0; BLOCK];
-        for page in runs.iter().flat_map(|run| run.iter()) {
-            Source::read(self, ByteOffset::new(page.get() * BLOCK as u64), &mut bytes)?;
-            if bytes != [0; BLOCK] {
-                writer.page(page, &bytes)?;
-            } else if zeroes == Zeroes::Kept {
-                writer.zero(PageRange::one(page));
-            }
-        }
-        Ok(())
+        let read = |range: PageRange, buf: &mut [u8]| {
+            Source::read(self, ByteOffset::new(range.start().get() * BLOCK as u64), buf)
+        };
+        copy(writer, runs.iter().copied().map(Run::Read), zeroes, read)
     }
 
     fn sealed_on(
@@ -276,15 +261,6 @@ impl DurableImage {
         image.remember();
         Ok(image)
     }
-}
-
-/// What a copy does with pages of zeroes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Zeroes {
-    /// Something below must be hidden.
-    Kept,
-    /// There is nothing below.
-    LeftOut,
 }
 
 fn moved(run: PageRange, start: PageIndex) -> PageRange {

@@ -5,25 +5,14 @@ use super::{CloneError, CloneName, CloneStore, Hold};
 use crate::backing::{Backing, Cut, Sealed};
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageIndex, PageSet, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageSet, PageSize};
 use crate::store::durable::Durable;
 use crate::store::id::LayerId;
 use crate::store::image::DurableImage;
 use crate::store::overlay::Shape;
 use crate::store::record::BLOCK;
-use crate::store::sealed::Writer;
-
-/// Bytes that are read at once.
-const CHUNK: usize = 64 * BLOCK;
-
-/// What a copy does with pages of zeroes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Zeroes {
-    /// Something below must be hidden.
-    Kept,
-    /// There is nothing below.
-    LeftOut,
-}
+pub(super) use crate::store::sealed::Zeroes;
+use crate::store::sealed::{Run, Writer, copy};
 
 /// Copies pages of a source into a layer, and zeroes past its end.
 pub(super) fn copy_pages(
@@ -32,24 +21,9 @@ pub(super) fn copy_pages(
     zeroes: Zeroes,
     writer: &mut Writer,
 ) -> Result<(), SpaceError> {
-    let mut buf = vec![0; CHUNK];
-    for run in pages.runs() {
-        let (mut page, end) = (run.start().get(), run.end().get());
-        while page < end {
-            let here = (end - page).min((CHUNK / BLOCK) as u64);
-            let bytes = &mut buf[..here as usize * BLOCK];
-            read_padded(source, page * BLOCK as u64, bytes)?;
-            for (at, bytes) in (page..).zip(bytes.as_chunks::<BLOCK>().0) {
-                if *bytes != [0; BLOCK] {
-                    writer.page(PageIndex::new(at), bytes)?;
-                } else if zeroes == Zeroes::Kept {
-                    writer.zero(crate::page::PageRange::one(PageIndex::new(at)));
-                }
-            }
-            page += here;
-        }
-    }
-    Ok(())
+    copy(writer, pages.runs().map(Run::Read), zeroes, |range, buf| {
+        read_padded(source, range.start().get() * BLOCK as u64, buf)
+    })
 }
 
 /// Reads, with zeroes past the end of the source.
