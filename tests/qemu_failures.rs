@@ -90,13 +90,13 @@ fn any_call_of_ours_may_fail_in_a_fork() {
                 assert_eq!(scratch.places(), places, "{error}");
                 failed += 1;
             }
-            Ok(point) if seen < n => {
-                check_point(&point);
-                break;
-            }
-            // A call that is not needed: the fork was made, and the next try needs a first parent again.
             Ok(point) => {
                 check_point(&point);
+                point.point().teardown().wait();
+                if seen < n {
+                    break;
+                }
+                // A call that is not needed: the fork was made, and the next try needs a first parent again.
                 vm = running_with(&tree, spec.clone());
             }
         }
@@ -260,6 +260,7 @@ fn a_process_that_died_is_told_with_its_last_words() {
         assert!(dying.ended().is_some_and(|how| how.contains("signal: 9")), "{:?}", dying.ended());
     }
     // Nobody else notices.
+    point.point().teardown().wait();
     reaches(&other, count(&other) + 50);
     check_point(&point);
     drop((vm, one, other, point));
@@ -371,7 +372,7 @@ fn names_and_paths_with_commas_are_taken_as_they_are() {
     let spec = QemuSpec { directory: Some(scratch.0.clone()), ..spec() };
     let mut vm = QemuVm::launch(&tree, VmName::new("x,y=z").unwrap(), spec, disks(&tree), Some(&console)).unwrap();
     reaches(&vm, 50);
-    vm.fork(AfterFork::Continue).unwrap();
+    vm.fork(AfterFork::Continue).unwrap().point().teardown().wait();
     assert!(Path::new(&console).metadata().unwrap().len() > 0);
     drop(vm);
     // The caller's own file stays.

@@ -64,7 +64,7 @@ pub(super) struct Home {
 }
 
 impl Home {
-    pub(super) fn create(family: &Family, console: Option<&Path>) -> Result<Self, QemuError> {
+    pub(super) fn create(family: &Arc<Family>, console: Option<&Path>) -> Result<Self, QemuError> {
         let directory = family.place()?;
         let console = console.map_or_else(|| directory.join("console"), Path::to_owned);
         Ok(Self { directory, console })
