@@ -62,7 +62,7 @@ impl<'a> Job<'a> {
     }
 
     /// Has `report` told of progress, on the threads that work, every 64 pages or so. It may use the store and its disks, but not what the call itself
-    /// works on alone: it is called with no lock held.
+    /// works on alone, and it may neither check nor repair the store: those wait for calls that make layers.
     #[must_use]
     pub const fn report(self, report: &'a (dyn Fn(Progress) + Sync)) -> Self {
         Self { report: Some(report), ..self }

@@ -62,7 +62,7 @@ impl CloneStore {
         let size = ByteSize::new(source.len().get().next_multiple_of(BLOCK as u64));
         let shape = checked_shape(size)?;
         self.check_free(&self.0.catalogue.lock(), name)?;
-        let _making = self.0.making.read();
+        let _making = self.0.making.read_recursive();
         let all: PageSet = std::iter::once(shape.geometry.all()).fold(PageSet::default(), |mut set, range| {
             set.push(range);
             set

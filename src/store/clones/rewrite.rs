@@ -79,7 +79,7 @@ impl CloneStore {
     /// [`CloneError::Length`] where it would get shorter; [`SpaceError::Geometry`] for a size that cannot be; as [`CloneStore::reset`].
     pub fn grow(&self, name: &CloneName, size: ByteSize) -> Result<(), CloneError> {
         let shape = checked_shape(size)?;
-        let _making = self.0.making.read();
+        let _making = self.0.making.read_recursive();
         let mut catalogue = self.0.catalogue.lock();
         let held = self.hold(&catalogue, name, Hold::Briefly)?;
         check_clone(&held, "grown")?;
@@ -258,7 +258,7 @@ impl CloneStore {
         name: &CloneName,
         make: impl FnOnce(&Self, &Held, &DurableImage) -> Result<Option<Replaced>, CloneError>,
     ) -> Result<(), CloneError> {
-        let _making = self.0.making.read();
+        let _making = self.0.making.read_recursive();
         let (held, image) = {
             let catalogue = self.0.catalogue.lock();
             let held = self.hold(&catalogue, name, Hold::Long)?;
