@@ -36,8 +36,10 @@
 //! ```
 
 mod access;
+mod clean;
 #[cfg(feature = "store")]
 mod clones;
+mod copy;
 mod directory;
 mod durable;
 mod file;
@@ -45,13 +47,16 @@ mod flush;
 mod head;
 mod id;
 mod image;
+mod job;
 mod layer;
+mod made;
 mod map;
 mod medium;
 mod overlay;
 mod presence;
 mod ranges;
 mod record;
+mod restack;
 mod sealed;
 
 #[cfg(feature = "store")]
@@ -62,5 +67,6 @@ pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
 pub use id::{DiskId, LayerId};
 pub use image::{DurableImage, LayerInfo};
+pub use job::{Cancel, Job, Progress};
 pub use medium::{Folder, Medium, Sharing, open_folder};
-pub use sealed::{Progress, Verified};
+pub use sealed::Verified;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, PageCount, PageIndex, PageRange};
-use offshoot::store::{CloneError, CloneName, CloneStore, Durable, Folder, Health, Kind, Problem, StoreOptions};
+use offshoot::store::{CloneError, CloneName, CloneStore, Durable, Folder, Health, Job, Kind, Problem, StoreOptions};
 use offshoot::testing::{ByteSource, Dice};
 
 pub const PAGE: usize = 4096;
@@ -99,7 +99,7 @@ pub fn threads() -> rayon::ThreadPool {
 }
 
 pub fn problems(store: &CloneStore) -> Vec<Problem> {
-    store.check(&threads(), &|_, _| {}).expect("a check works")
+    store.check(&threads(), &Job::new()).expect("a check works")
 }
 
 fn truncated(bytes: &[u8], len: usize) -> Vec<u8> {
@@ -165,7 +165,7 @@ impl Player {
                 bytes[hole / 2..hole].fill(0);
                 let now = truncated(&bytes, (len as usize).next_multiple_of(PAGE));
                 after.insert(free.clone(), Flat { kind: Kind::Image, now: now.clone(), origin: now });
-                self.store.create_image(&free, &ByteSource::new(bytes))
+                self.store.create_image(&free, &ByteSource::new(bytes), &Job::new())
             }
             1..4 if !taken => {
                 let now = self.world[&any].now.clone();
@@ -185,9 +185,9 @@ impl Player {
             7 => {
                 let flat = after.get_mut(&any).expect("it is there");
                 flat.origin = flat.now.clone();
-                self.store.flatten(&any)
+                self.store.flatten(&any, &Job::new())
             }
-            8 | 9 => self.store.merge(&any),
+            8 | 9 => self.store.merge(&any, &Job::new()),
             10 => {
                 let flat = after.get_mut(&clone).expect("it is there");
                 flat.now = truncated(&flat.now, flat.now.len() + dice.below(3) as usize * PAGE);
@@ -251,7 +251,7 @@ impl Player {
             return Ok(());
         }
         if below.len() > flat.now.len() {
-            let refused = self.store.rebase(clone, onto);
+            let refused = self.store.rebase(clone, onto, &Job::new());
             assert!(matches!(
                 refused,
                 Err(CloneError::Length { .. } | CloneError::Catalogue { .. } | CloneError::Space(_))
@@ -260,7 +260,7 @@ impl Player {
                 .or_else(|error| if matches!(error, CloneError::Length { .. }) { Ok(()) } else { Err(error) });
         }
         flat.origin = below;
-        self.store.rebase(clone, onto)
+        self.store.rebase(clone, onto, &Job::new())
     }
 
     fn commit(&mut self, from: &CloneName, to: &CloneName, after: &mut World) -> Result<(), CloneError> {

@@ -12,7 +12,7 @@ mod verify;
 mod write;
 
 pub(super) use read::SealedFile;
-pub use verify::{Progress, Verified};
+pub use verify::Verified;
 pub(super) use write::Writer;
 
 use std::sync::Arc;

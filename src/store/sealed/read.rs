@@ -24,7 +24,7 @@ pub(super) const CHUNK: u64 = 64;
 #[derive(Debug)]
 pub(in super::super) struct SealedFile {
     file: NamedFile,
-    id: LayerId,
+    pub(super) id: LayerId,
     parent: Option<LayerId>,
     shape: Shape,
     pub(super) parts: Parts,

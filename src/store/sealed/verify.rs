@@ -5,20 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use rayon::prelude::*;
 
+use super::super::job::Job;
 use super::super::record::BLOCK;
 use super::SealedFile;
 use super::read::{CHUNK, PageError};
 use crate::error::StoreError;
 use crate::page::{PageCount, PageIndex, PageSet};
-
-/// How far a verification has come.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
-    /// Pages checked.
-    pub done: PageCount,
-    /// Pages in all.
-    pub total: PageCount,
-}
 
 /// What a verification found. All other pages are what was written.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -33,11 +25,11 @@ impl SealedFile {
     /// Checks everything, 256 KiB at a time and in parallel.
     ///
     /// # Errors
-    /// A table that is damaged, or a page that cannot be read. Damaged pages are no error: they are named.
+    /// A table that is damaged, or a page that cannot be read; [`StoreError::Cancelled`]. Damaged pages are no error: they are named.
     pub(in super::super) fn verify(
         &self,
         threads: &rayon::ThreadPool,
-        progress: &(dyn Fn(Progress) + Sync),
+        job: &Job<'_>,
     ) -> Result<Verified, StoreError> {
         if self.fingerprint()?.bytes() != self.content() {
             return Err(self.file().damaged("its tables are not those that its content id was made from", 0));
@@ -52,8 +44,7 @@ impl SealedFile {
                 let pages = CHUNK.min(total - first);
                 self.check_chunk(first, pages, buf, &damaged)?;
                 let done = done.fetch_add(pages, Ordering::Relaxed) + pages;
-                progress(Progress { done: PageCount::new(done), total: PageCount::new(total) });
-                Ok::<_, StoreError>(())
+                job.step(self.id, done, total)
             })
         })?;
         let mut in_file = damaged.into_inner();
