@@ -3,12 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, PageCount, PageIndex, PageRange};
-use offshoot::store::{CloneError, CloneName, CloneStore, Durable, Folder, Health, Job, Kind, Problem, StoreOptions};
+use offshoot::SpaceError;
+use offshoot::store::{
+    CloneError, CloneName, CloneStore, Durable, DurableImage, Folder, Health, Job, Kind, Problem, StoreOptions,
+};
 use offshoot::testing::{ByteSource, Dice};
 
 pub const PAGE: usize = 4096;
@@ -94,12 +98,66 @@ pub fn of_world(world: &World) -> BTreeMap<CloneName, (Kind, Vec<u8>)> {
     world.iter().map(|(name, flat)| (name.clone(), (flat.kind, flat.now.clone()))).collect()
 }
 
-pub fn threads() -> rayon::ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread")
+pub fn threads() -> &'static rayon::ThreadPool {
+    static POOL: OnceLock<rayon::ThreadPool> = OnceLock::new();
+    POOL.get_or_init(|| rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread"))
 }
 
 pub fn problems(store: &CloneStore) -> Vec<Problem> {
-    store.check(&threads(), &Job::new()).expect("a check works")
+    store.check(threads(), &Job::new()).expect("a check works")
+}
+
+/// What a guest does in the middle of a call on its disk's layers: at one of the call's reports it writes a page, and may flush and fork.
+struct Guest<'a> {
+    disk: &'a Durable,
+    page: usize,
+    bytes: Vec<u8>,
+    turn: u64,
+    /// So many forks, if fewer than 6; with the last image of the odd ones kept.
+    forks: u64,
+    flushes: bool,
+    calls: AtomicU64,
+    done: Mutex<Result<(), SpaceError>>,
+    kept: Mutex<Vec<DurableImage>>,
+}
+
+impl Guest<'_> {
+    fn turn(&self) {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let done = if call == self.turn {
+            self.act()
+        } else if call > self.turn && call <= self.forks && self.forks < 6 {
+            self.fork()
+        } else {
+            return;
+        };
+        let mut first = self.done.lock().expect("nobody panics");
+        if first.is_ok() {
+            *first = done;
+        }
+    }
+
+    fn act(&self) -> Result<(), SpaceError> {
+        self.disk.write(ByteOffset::new((self.page * PAGE) as u64), &self.bytes)?;
+        if self.bytes[0] == 0 && self.bytes[PAGE - 1] == 0 {
+            self.disk.zero(PageRange::one(PageIndex::new(self.page as u64)))?;
+        }
+        if self.flushes {
+            self.disk.flush()?;
+        }
+        self.fork()
+    }
+
+    fn fork(&self) -> Result<(), SpaceError> {
+        if (1..6).contains(&self.forks) {
+            let (image, deferred) = self.disk.cut()?.commit();
+            drop(deferred);
+            if self.forks % 2 == 1 {
+                self.kept.lock().expect("nobody panics").push(image);
+            }
+        }
+        Ok(())
+    }
 }
 
 fn truncated(bytes: &[u8], len: usize) -> Vec<u8> {
@@ -156,7 +214,7 @@ impl Player {
         };
         let any = any.expect("there is a clone");
         let taken = self.world.contains_key(&free);
-        match dice.below(22) {
+        match dice.below(28) {
             0 if !taken => {
                 let len = dice.below(PAGES * PAGE as u64) + 1;
                 let mut bytes = dice.bytes(len);
@@ -217,6 +275,7 @@ impl Player {
                 after.insert(free.clone(), Flat { kind: Kind::Clone, now, origin });
                 self.store.adopt(&child, &free)
             }
+            16..22 => self.while_open(&clone, &any, dice, after),
             _ => self.write(&clone, dice, after),
         }
     }
@@ -241,6 +300,85 @@ impl Player {
                 flat.now[at as usize * 512..at as usize * 512 + data.len()].copy_from_slice(&data);
             }
         }
+        Ok(disk.flush()?)
+    }
+
+    /// A clone is open, with some layers of its own, and its layers are merged under it. In the middle its guest writes, flushes and forks.
+    fn while_open(
+        &mut self,
+        clone: &CloneName,
+        other: &CloneName,
+        dice: &mut Dice,
+        after: &mut World,
+    ) -> Result<(), CloneError> {
+        self.wrote = Some(clone.clone());
+        let disk = self.store.open_disk(clone)?;
+        let mut now = self.world[clone].now.clone();
+        let pages = now.len() / PAGE;
+        let mut put = |page: usize, bytes: Vec<u8>| now[page * PAGE..(page + 1) * PAGE].copy_from_slice(&bytes);
+        // Every sector changes once at most, so that what a cut leaves of it is old or new. The guest has the upper half.
+        let early: Vec<(usize, Vec<u8>)> = (0..pages / 2).take(dice.below(4) as usize).map(|at| (at, dice.bytes(PAGE as u64))).collect();
+        let guest = Guest {
+            disk: &disk,
+            page: pages / 2 + dice.below((pages - pages / 2) as u64) as usize,
+            bytes: if dice.below(3) == 0 { vec![0; PAGE] } else { dice.bytes(PAGE as u64) },
+            turn: dice.below(2),
+            forks: dice.below(7),
+            flushes: dice.below(2) == 0,
+            calls: AtomicU64::new(0),
+            done: Mutex::new(Ok(())),
+            kept: Mutex::new(Vec::new()),
+        };
+        early.iter().for_each(|(page, bytes)| put(*page, bytes.clone()));
+        let which = dice.below(4);
+        let flat = after.get_mut(clone).expect("it is there");
+        flat.now = now.clone();
+        let longest = self.world[other].now.len() <= now.len();
+        let target = self.pick(dice, |flat| flat.kind == Kind::Clone).filter(|target| target != clone);
+        for (page, bytes) in &early {
+            disk.write(ByteOffset::new((page * PAGE) as u64), bytes)?;
+            drop(disk.cut()?.commit());
+        }
+        if which == 3 {
+            let Some(target) = target else { return Ok(disk.flush()?) };
+            let committed = after.get_mut(&target).expect("it is there");
+            let kept = std::mem::replace(&mut committed.now, now);
+            return match self.store.commit_open(&disk, &target) {
+                Err(CloneError::Diverged { .. }) => {
+                    committed.now = kept;
+                    Ok(())
+                }
+                done => done,
+            };
+        }
+        let origin = {
+            let mut bytes = vec![0; now.len()];
+            disk.origin().read(ByteOffset::ZERO, &mut bytes)?;
+            bytes
+        };
+        // What it may have written if this fails.
+        after.get_mut(clone).expect("it is there").now[guest.page * PAGE..(guest.page + 1) * PAGE].copy_from_slice(&guest.bytes);
+        let report = |_| guest.turn();
+        let job = Job::new().report(&report);
+        let done = match which {
+            0 => self.store.flatten_open(&disk, &job),
+            1 => self.store.merge_open(&disk, &job),
+            _ if clone != other && longest => self.store.rebase_open(&disk, other, &job),
+            _ => Ok(()),
+        };
+        let flat = after.get_mut(clone).expect("it is there");
+        match which {
+            0 => flat.origin = origin,
+            2 if clone != other && longest => flat.origin = self.world[other].now.clone(),
+            _ => {}
+        }
+        done?;
+        std::mem::replace(&mut *guest.done.lock().expect("nobody panics"), Ok(()))?;
+        if guest.calls.load(Ordering::Relaxed) <= guest.turn {
+            flat.now = now;
+        }
+        assert!(read_disk(&disk) == flat.now, "{clone} reads something else after its layers were merged");
+        disk.validate().expect("its tables agree");
         Ok(disk.flush()?)
     }
 
