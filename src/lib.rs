@@ -68,8 +68,8 @@
 //!
 //! # What it does not do
 //!
-//! It contains no hypervisor, device model or network; it does not migrate between hosts; RAM does not survive the process, disks of
-//! [`store`] do. Feature
+//! It contains no hypervisor, device model or network; it does not migrate between hosts while a guest runs. What is to survive the process is kept in files: disks of
+//! [`store`], and with feature `store` whole fork points (`ForkPoint::save`). Feature
 //! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `nbd` serves
 //! disks to hypervisors over the Network Block Device protocol, feature `imago` reads and writes disk images, feature `testing`
 //! has the conformance suite for backings of your own.
@@ -107,6 +107,8 @@ pub use vm::{
 };
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use vm::{LivePolicy, OnExceeded};
+#[cfg(all(feature = "store", unix))]
+pub use vm::{Reading, SavedError};
 
 /// The README's example is compiled with the tests.
 #[cfg(doctest)]

@@ -2,6 +2,7 @@
 
 mod mutants;
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use mutants::{Broken, Flaw, Has};
@@ -118,6 +119,10 @@ enum BadImage {
     Alignment,
     /// Fails where it must not.
     Fails,
+    /// Says that the rest is zeroes, which it is not.
+    HidesData,
+    /// Names data past its end.
+    NamesTooMuch,
 }
 
 struct Bad(BadImage, ByteSource);
@@ -143,6 +148,14 @@ impl Source for Bad {
             _ => self.1.read(at, buf),
         }
     }
+
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        match self.0 {
+            BadImage::HidesData => Ok(None),
+            BadImage::NamesTooMuch => Ok(Some(at..ByteOffset::new(self.1.len().get() + 4096))),
+            _ => self.1.next_data(at),
+        }
+    }
 }
 
 #[test]
@@ -153,6 +166,8 @@ fn every_bad_image_is_found() {
         (BadImage::ReadsOn, "past"),
         (BadImage::Alignment, "not what"),
         (BadImage::Fails, "must work"),
+        (BadImage::HidesData, "there is data"),
+        (BadImage::NamesTooMuch, "no range of it"),
     ] {
         let bad = Bad(bad, ByteSource::new(bytes.clone()));
         let panic = catch_unwind(AssertUnwindSafe(|| conformance::source(&bad, &bytes))).expect_err(rule);

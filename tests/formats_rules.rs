@@ -221,12 +221,138 @@ fn features_that_are_not_supported_are_refused_as_qemu_writes_them() {
         let error = ImportedImage::open(scratch.path("in.qcow2"), Format::Qcow2, &ImportPolicy::default());
         assert_eq!(error.expect_err(options).rule(), Some(&Rule::Features(bit)), "{options}");
     }
-    let vmdk = ["monolithicSparse", "streamOptimized"];
-    for kind in vmdk {
+    for kind in ["streamOptimized", "twoGbMaxExtentSparse"] {
         qemu_img(&scratch, &["create", "-q", "-f", "vmdk", "-o", &format!("subformat={kind}"), "in.vmdk", "1M"]);
         let error = ImportedImage::open(scratch.path("in.vmdk"), Format::Vmdk, &ImportPolicy::under(scratch.dir()));
-        assert!(matches!(error.expect_err(kind).rule(), Some(Rule::Malformed(_))), "{kind}");
+        let error = error.expect_err(kind);
+        match kind {
+            "streamOptimized" => {
+                assert!(matches!(error.rule(), Some(Rule::Unsupported(why)) if why.contains(kind)), "{error}")
+            }
+            _ => assert!(matches!(error.rule(), Some(Rule::Malformed(_))), "{error}"),
+        }
     }
+    qemu_img(&scratch, &["create", "-q", "-f", "vmdk", "base.vmdk", "1M"]);
+    qemu_img(&scratch, &["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "link.vmdk"]);
+    let error = ImportedImage::open(scratch.path("link.vmdk"), Format::Vmdk, &ImportPolicy::under(scratch.dir()));
+    let error = error.expect_err("a delta link");
+    assert!(matches!(error.rule(), Some(Rule::Unsupported(why)) if why.contains("delta link")), "{error}");
+}
+
+#[test]
+fn features_are_named() {
+    let text = Rule::Features(8 | 16 | 1 << 40).to_string();
+    for part in ["zstd", "extended L2 entries", "unknown bits 0x10000000000"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+/// A file of ours whose header, tables and text are changed one by one.
+#[test]
+fn sparse_vmdk_that_cannot_be_is_refused_by_its_rule() {
+    let scratch = Scratch::new("sparse-rules");
+    std::fs::write(scratch.path("good.raw"), Content::new().sparse(MIB)).expect("room");
+    let source = ImportedImage::open(scratch.path("good.raw"), Format::Raw, &ImportPolicy::default()).expect("raw");
+    export(&source, &scratch.path("good.vmdk"), &ExportFormat::Vmdk, &mut keep_going).expect("room");
+    let good = std::fs::read(scratch.path("good.vmdk")).expect("written");
+    let changed = |at: usize, bytes: &[u8]| {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        bad
+    };
+    let with = |at: usize, bytes: &[u8]| refused(&scratch, &changed(at, bytes), Format::Vmdk, &ImportPolicy::default());
+    let malformed = |rule: &Rule| matches!(rule, Rule::Malformed(_));
+    let table = |rule: &Rule, name: &str| matches!(rule, Rule::Table { table, .. } if *table == name);
+    assert!(matches!(with(0, b"COWD"), Rule::Unsupported(_)));
+    assert_eq!(with(4, &9u32.to_le_bytes()), Rule::Version(9));
+    assert!(matches!(with(8, &(3u32 | 1 << 16).to_le_bytes()), Rule::Unsupported(_)), "compressed grains");
+    assert!(matches!(with(77, &1u16.to_le_bytes()), Rule::Unsupported(_)), "compressed, it says elsewhere");
+    assert_eq!(with(8, &(3u32 | 1 << 30).to_le_bytes()), Rule::Features(1 << 30));
+    assert_eq!(with(12, &0u64.to_le_bytes()), Rule::Empty);
+    assert!(matches!(with(12, &u64::MAX.to_le_bytes()), Rule::VirtualSize { .. }));
+    assert!(table(&with(12, &(1u64 << 34).to_le_bytes()), "grain directory"), "more than its directory can cover");
+    assert!(malformed(&with(20, &0u64.to_le_bytes())) && malformed(&with(20, &(1u64 << 40).to_le_bytes())));
+    assert!(malformed(&with(20, &100u64.to_le_bytes())), "grains of no power of two");
+    assert!(table(&with(28, &(1u64 << 60).to_le_bytes()), "descriptor"));
+    assert!(table(&with(28, &0u64.to_le_bytes()), "descriptor"), "in the header");
+    assert!(malformed(&with(36, &(1u64 << 40).to_le_bytes())), "a descriptor of a tebibyte");
+    assert!(matches!(with(36, &0u64.to_le_bytes()), Rule::Unsupported(_)), "no descriptor");
+    assert!(malformed(&with(44, &1024u32.to_le_bytes())));
+    assert!(table(&with(56, &u64::MAX.to_le_bytes()), "grain directory"), "at its end, as in a stream");
+    assert_eq!(with(72, &[1]), Rule::Dirty);
+    assert!(malformed(&with(73, b"\n \n\n")), "sent as text");
+    let limit = ImportPolicy { virtual_size: ByteSize::kib(512), ..ImportPolicy::default() };
+    assert!(matches!(refused(&scratch, &good, Format::Vmdk, &limit), Rule::VirtualSize { .. }));
+    let text = String::from_utf8_lossy(&good[512..1024]).into_owned();
+    let parent = 512 + text.find("parentCID=ffff").expect("ours has it") + "parentCID=".len();
+    assert!(matches!(with(parent, b"12345678"), Rule::Unsupported(_)), "a delta link");
+    let kind = 512 + text.find("monolithicSparse").expect("ours has it");
+    assert!(malformed(&with(kind, b"monolithicSp rse")));
+
+    let directory = u64::from_le_bytes(good[56..64].try_into().expect("8 bytes")) as usize * 512;
+    assert!(table(&with(directory, &u32::MAX.to_le_bytes()), "grain table"));
+    // Two tables of one disk in one place: each grain would stand for two.
+    let mut twice = changed(12, &(65536u64 + 8).to_le_bytes());
+    twice.copy_within(directory..directory + 4, directory + 4);
+    assert!(malformed(&refused(&scratch, &twice, Format::Vmdk, &ImportPolicy::default())));
+    // A grain past the end is found when it is read, and is no zeroes.
+    let first = u32::from_le_bytes(good[directory..directory + 4].try_into().expect("4 bytes")) as usize * 512;
+    std::fs::write(scratch.path("bad"), changed(first, &0xffff_ff00u32.to_le_bytes())).expect("room");
+    let image = ImportedImage::open(scratch.path("bad"), Format::Vmdk, &ImportPolicy::default()).expect("until read");
+    let error = image.read(ByteOffset::ZERO, &mut [0; 512]).expect_err("the data is not there");
+    assert!(error.to_string().contains("past the end of a file"), "{error}");
+}
+
+/// A file of 64 KiB that stands for 512 MiB: every entry names the same few clusters.
+#[test]
+fn a_small_file_that_stands_for_much_meets_the_limit_of_the_policy() {
+    let scratch = Scratch::new("amplified");
+    let len = ByteSize::mib(512);
+    let one = Blank(ByteSize::kib(64));
+    export(&one, &scratch.path("one.qcow2"), &ExportFormat::default(), &mut keep_going).expect("room");
+    let mut bytes = std::fs::read(scratch.path("one.qcow2")).expect("written");
+    bytes[24..32].copy_from_slice(&len.get().to_be_bytes());
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().expect("8 bytes")) as usize;
+    let l2 = (u64::from_be_bytes(bytes[l1..l1 + 8].try_into().expect("8 bytes")) & 0xff_ffff_ffff_fe00) as usize;
+    let entry: [u8; 8] = bytes[l2..l2 + 8].try_into().expect("8 bytes");
+    bytes[l2..l2 + (64 << 10)].copy_from_slice(&entry.repeat(8192));
+    std::fs::write(scratch.path("bomb.qcow2"), &bytes).expect("room");
+    assert!(bytes.len() < 512 << 10);
+    let limit = ByteSize::mib(8);
+    let policy = ImportPolicy { data: limit, ..ImportPolicy::default() };
+    let image = ImportedImage::open(scratch.path("bomb.qcow2"), Format::Qcow2, &policy).expect("nothing was copied");
+    let mut furthest = ByteSize::ZERO;
+    let mut watch = |progress: offshoot::frontend::formats::Progress| {
+        furthest = progress.done;
+        ControlFlow::Continue(())
+    };
+    let tree = offshoot::Tree::default();
+    let size = offshoot::page::PageSize::KIB_4;
+    let space = image.into_space::<offshoot::backing::Heap>(&tree, size, &mut watch);
+    assert_eq!(space.expect_err("too much").rule(), Some(&Rule::Data { limit }));
+    assert_eq!(tree.usage().heap_pages.get(), 0, "and nothing is left of it");
+    assert!(furthest <= limit, "{furthest} of {limit}");
+    for format in [ExportFormat::Raw, ExportFormat::default(), ExportFormat::Vmdk] {
+        let error = image.convert(&scratch.path("out"), &format, &mut keep_going).expect_err("too much");
+        assert_eq!(error.rule(), Some(&Rule::Data { limit }));
+        assert!(error.to_string().contains("ImportPolicy::data"), "{error}");
+    }
+    assert!(!scratch.path("out").exists() && scratch.parts() == 0);
+    let disk = offshoot::disk::Disk::blank(
+        &tree,
+        offshoot::page::SectorCount::new(1 << 20),
+        offshoot::disk::Access::ReadWrite,
+    );
+    let error = image.fill(&disk.expect("a disk"), &mut keep_going).expect_err("too much");
+    assert_eq!(error.rule(), Some(&Rule::Data { limit }));
+    // Exactly as much as there is, is no more than it.
+    let policy = ImportPolicy { data: len, ..ImportPolicy::default() };
+    let image = ImportedImage::open(scratch.path("bomb.qcow2"), Format::Qcow2, &policy).expect("as before");
+    image
+        .convert(&scratch.path("out"), &ExportFormat::Raw, &mut |progress| {
+            if progress.done > limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .expect_err("cancelled, and not for the limit");
 }
 
 #[test]

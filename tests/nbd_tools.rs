@@ -3,9 +3,12 @@
 //! Where a tool is missing its test says so and passes, unless OFFSHOOT_REQUIRE=all is set: then it fails.
 #![cfg(all(feature = "nbd", target_os = "linux"))]
 
+#[path = "nbd/tools.rs"]
+mod tools;
+
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,25 +18,7 @@ use offshoot::frontend::nbd::{Drained, Endpoint, Export, ExportName, Server, Ser
 use offshoot::page::{ByteSize, Lba, PageSize, SectorCount};
 use offshoot::ram::RamLayout;
 use offshoot::{BoxError, CloneSpec, DeviceState, DiskName, Guest, Tree, Vm, VmName};
-
-/// Where programs are: mke2fs is in a folder that not everybody searches. The system's own come first: nbdsh needs the system's Python.
-fn path() -> String {
-    format!("/usr/bin:{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
-}
-
-/// Whether all of these are installed; loud where not.
-fn have(tools: &[&str]) -> bool {
-    let path = path();
-    let found = |tool: &&&str| std::env::split_paths(&path).any(|dir| dir.join(tool).is_file());
-    let missing: Vec<_> = tools.iter().filter(|tool| !found(tool)).collect();
-    if missing.is_empty() {
-        return true;
-    }
-    let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-    assert!(!required, "OFFSHOOT_REQUIRE=all, but these are missing: {missing:?}");
-    eprintln!("SKIPPED: {missing:?} missing");
-    false
-}
+use tools::{fio, have, path, run, text};
 
 /// A folder of its own, with a server's socket in it; gone with the value.
 struct Bench {
@@ -102,19 +87,6 @@ impl Drop for Bench {
     fn drop(&mut self) {
         let _left = fs::remove_dir_all(&self.dir);
     }
-}
-
-/// Runs a tool that must go well; returns what it printed.
-#[track_caller]
-fn run(tool: &str, args: &[&str]) -> String {
-    let Output { status, stdout, stderr } = Command::new(tool).env("PATH", path()).args(args).output().unwrap();
-    let (out, errors) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-    assert!(status.success(), "{tool} {args:?}: {status}\n{out}\n{errors}");
-    out.into_owned()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path of plain letters")
 }
 
 #[test]
@@ -370,16 +342,8 @@ fn fio_verifies_what_it_wrote_while_the_disk_is_forked() {
     }
     let mut bench = Bench::new(ByteSize::mib(32));
     let uri = bench.uri("d");
-    let dir = text(&bench.dir).to_owned();
-    let fio = move |uri: &str, name: &str, more: &[&str]| {
-        let (uri, name) = (format!("--uri={uri}"), format!("--name={name}"));
-        let mut args = vec!["--ioengine=nbd", &uri, &name, "--thread", "--group_reporting", "--verify_fatal=1"];
-        args.extend(more);
-        // It leaves files where it runs.
-        let output = Command::new("fio").current_dir(&dir).args(&args).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    };
+    let dir = bench.dir.clone();
+    let fio = |uri: &str, name: &str, more: &[&str]| drop(fio(&dir, uri, name, more));
     // A warm disk over an image: where other people's overlays broke.
     bench.vm.disk("d").unwrap().write(Lba::ZERO, &vec![0x5a; 32 << 20]).unwrap();
     bench.vm.fork(&mut bench.guest).unwrap();

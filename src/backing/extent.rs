@@ -2,8 +2,12 @@
 //!
 //! Knows page ranges and indexes, and not what holds a page.
 
+use std::ops::Range;
+
+use crate::error::SpaceError;
+use crate::image::Source;
 use crate::overlay::{Index, PageRef, PageState};
-use crate::page::{PageIndex, PageRange};
+use crate::page::{ByteOffset, PageCount, PageIndex, PageRange, PageSize};
 
 /// Where the bytes of some pages come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,6 +53,38 @@ pub(crate) fn extents_of<P: PageRef>(index: &Index<P>, range: PageRange, base_en
         push(&mut extents, Extent { pages: rest, state: Allocation::Zero });
     }
     extents
+}
+
+/// Pages that one answer of [`next_data_in`] reaches at most. Whoever copies asks again.
+const MOST: PageCount = PageCount::new(1 << 15);
+
+/// [`Source::next_data`] of an image that is an index over a base.
+pub(crate) fn next_data_in<P: PageRef>(
+    index: &Index<P>,
+    size: PageSize,
+    mut base: Option<&dyn Source>,
+    at: ByteOffset,
+) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+    let all = PageIndex::new(index.pages().get());
+    let mut from = at;
+    loop {
+        let kind = |state: PageState<&P>| match state {
+            PageState::Data(_) => Some(Allocation::Data),
+            PageState::Absent => base.map(|_| Allocation::Base),
+            PageState::Zero => None,
+        };
+        let rest = PageRange::from_bounds(size.page_of(from), all);
+        let Some((run, state)) = index.first_run(rest, MOST, kind) else { return Ok(None) };
+        let (start, end) = (from.max(size.start_of(run.start())), size.start_of(run.end()));
+        let Some(below) = base.filter(|_| state == Allocation::Base) else { return Ok(Some(start..end)) };
+        match below.next_data(start)? {
+            Some(data) if data.start < end => return Ok(Some(data.start..data.end.min(end))),
+            Some(_) => {}
+            // Nor has it any further on.
+            None => base = None,
+        }
+        from = end;
+    }
 }
 
 /// Appends an extent, joined to the one before where it goes on alike. Empty ones are dropped.

@@ -15,8 +15,8 @@ mod heap;
 mod mapped;
 mod working_set;
 
-pub(crate) use extent::extents_of;
 pub use extent::{Allocation, Extent};
+pub(crate) use extent::{extents_of, next_data_in};
 pub use file::FileImage;
 pub use heap::{AnyPage, Heap, HeapCut, HeapImage, HeapView, Page4K, PageBody, Word};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]

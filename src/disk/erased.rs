@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::account::Usage;
 use crate::backing::{Backing, Cut, Deferred, Extent, Sealed};
 use crate::error::SpaceError;
+use crate::image::Source;
 use crate::page::{ByteOffset, Geometry, PageCount, PageRange, PageSet};
 
 /// [`Backing`] without its type.
@@ -35,7 +36,9 @@ pub(crate) trait AnyCut {
 }
 
 /// [`Sealed`] without its type.
-pub(crate) trait AnySealed: Any + Send + Sync + fmt::Debug {
+pub(crate) trait AnySealed: Any + Source + fmt::Debug {
+    #[cfg_attr(not(any(feature = "imago", feature = "store")), expect(dead_code, reason = "whoever copies disks asks"))]
+    fn geometry(&self) -> Geometry;
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError>;
     fn clone_mappings(&self) -> u64;
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError>;
@@ -116,6 +119,10 @@ fn typed<S: Sealed>(other: &dyn AnySealed) -> Result<&S, SpaceError> {
 }
 
 impl<S: Sealed> AnySealed for S {
+    fn geometry(&self) -> Geometry {
+        Sealed::geometry(self)
+    }
+
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError> {
         Ok(Box::new(Sealed::spawn(self)?))
     }

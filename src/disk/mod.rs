@@ -333,6 +333,11 @@ impl DiskImage {
         Self { image, capacity: of.capacity, access: of.access }
     }
 
+    #[cfg(all(feature = "store", unix))]
+    pub(crate) fn from_image(image: Arc<dyn AnySealed>, capacity: SectorCount, access: Access) -> Self {
+        Self { image, capacity, access }
+    }
+
     pub(crate) fn with_image(&self, image: Arc<dyn AnySealed>) -> Self {
         Self { image, ..*self }
     }
@@ -341,9 +346,19 @@ impl DiskImage {
         &*self.image
     }
 
+    #[cfg(all(feature = "imago", unix))]
+    pub(crate) fn shared(&self) -> Arc<dyn AnySealed> {
+        self.image.clone()
+    }
+
     /// How many sectors it has.
     pub fn capacity(&self) -> SectorCount {
         self.capacity
+    }
+
+    /// Whether a guest may write it.
+    pub fn access(&self) -> Access {
+        self.access
     }
 
     /// A live disk that reads as this image.

@@ -7,5 +7,7 @@ pub mod formats;
 pub mod kvm;
 #[cfg(all(feature = "nbd", unix))]
 pub mod nbd;
+#[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+pub mod qemu;
 #[cfg(all(feature = "vm-memory", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub mod vm_memory;

@@ -8,6 +8,7 @@
 //!
 //! Must not know what `P` refers to.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::PageRef;
@@ -381,6 +382,19 @@ impl<P: PageRef> Index<P> {
     /// Visits `range` in ascending runs of pages that share one state. A slot or a leaf entry at a time, so two runs
     /// that touch may share a state where they lie in different subtrees; [`Index::runs`] joins those.
     fn visit<'a>(&'a self, range: PageRange, mut visit: impl FnMut(PageRange, PageState<&'a P>)) {
+        let all = self.visit_until(range, |run, state| {
+            visit(run, state);
+            ControlFlow::Continue(())
+        });
+        debug_assert!(all.is_continue());
+    }
+
+    /// [`Index::visit`], as far as `visit` lets it.
+    fn visit_until<'a>(
+        &'a self,
+        range: PageRange,
+        mut visit: impl FnMut(PageRange, PageState<&'a P>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         let last = range.end().get().min(self.pages.get());
         let mut at = range.start().get();
         while at < last {
@@ -394,9 +408,36 @@ impl<P: PageRef> Index<P> {
                 },
             };
             let end = end.min(last);
-            visit(PageRange::from_bounds(PageIndex::new(at), PageIndex::new(end)), state);
+            visit(PageRange::from_bounds(PageIndex::new(at), PageIndex::new(end)), state)?;
             at = end;
         }
+        ControlFlow::Continue(())
+    }
+
+    /// The first pages of `range` of which `kind` says something, as far as it says the same and up to `most` of them. Costs by the tables
+    /// before them and by their own.
+    pub(crate) fn first_run<K: Copy + PartialEq>(
+        &self,
+        range: PageRange,
+        most: PageCount,
+        kind: impl Fn(PageState<&P>) -> Option<K>,
+    ) -> Option<(PageRange, K)> {
+        let mut found: Option<(PageRange, K)> = None;
+        let walked = self.visit_until(range, |next, state| {
+            match (kind(state), found) {
+                (None, None) => {}
+                (Some(kind), None) => found = Some((next, kind)),
+                (Some(kind), Some((run, of))) if kind == of => {
+                    found = Some((PageRange::from_bounds(run.start(), next.end()), of));
+                }
+                (_, Some(_)) => return ControlFlow::Break(()),
+            }
+            let enough = found.is_some_and(|(run, _)| run.count() >= most);
+            if enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        debug_assert!(walked.is_continue() || found.is_some());
+        let at_most = |run: PageRange| PageRange::new(run.start(), most.min(run.count())).unwrap_or(run);
+        found.map(|(run, kind)| (at_most(run), kind))
     }
 
     /// The pages of `range` as maximal ascending runs of one state: for `Data`, of one `P`.

@@ -110,6 +110,16 @@ impl PageSet {
         self.difference(&self.difference(other))
     }
 
+    /// The pages of the set that lie in `range`. O(log runs), plus the runs found.
+    #[must_use]
+    pub fn within(&self, range: PageRange) -> Self {
+        let first = self.runs.partition_point(|run| run.end() <= range.start());
+        let meeting = self.runs[first..].iter().take_while(|run| run.start() < range.end());
+        let mut out = Self::new();
+        meeting.for_each(|run| out.push(run.intersect(range)));
+        out
+    }
+
     /// The set with every gap of at most `pages` between two of its runs filled in.
     #[must_use]
     pub fn closing_gaps(&self, pages: PageCount) -> Self {
@@ -185,6 +195,9 @@ mod tests {
             let range = PageRange::from_bounds(PageIndex::new(from), PageIndex::new(to));
             let inside = a.iter().filter(|page| range.contains(PageIndex::new(**page))).count() as u64;
             assert_eq!(set(&a).count_in(range).get(), inside);
+            let within: BTreeSet<u64> =
+                a.iter().copied().filter(|page| range.contains(PageIndex::new(*page))).collect();
+            assert_eq!(set(&a).within(range), set(&within));
             let closed = set(&a).closing_gaps(PageCount::new(3));
             let gaps: Vec<_> = closed.runs().collect();
             assert!(gaps.windows(2).all(|pair| pair[1].start().get() - pair[0].end().get() > 3));

@@ -57,8 +57,9 @@ impl DiskDir {
         let Some((stem, suffix)) = whole.unwrap_or(name).rsplit_once('.') else { return false };
         match suffix {
             DISK => whole.is_some() && DiskId::parse(stem).is_some(),
-            LAYER | OVERLAY => LayerId::parse(stem)
-                .is_some_and(|id| !self.in_the_making().contains(&id) && (whole.is_some() || !needed.contains(&id))),
+            LAYER | OVERLAY => LayerId::parse(stem).is_some_and(|id| {
+                !self.in_the_making().contains(whole.unwrap_or(name)) && (whole.is_some() || !needed.contains(&id))
+            }),
             _ => false,
         }
     }

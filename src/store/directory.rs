@@ -39,8 +39,8 @@ struct Inner {
     tree: Tree,
     /// Images by their topmost layer, while somebody holds them.
     images: Mutex<HashMap<LayerId, Weak<ImageInner>>>,
-    /// Layers that are being made, and that nothing names yet.
-    making: Mutex<HashSet<LayerId>>,
+    /// Files that are being made, and that nothing names yet.
+    making: Mutex<HashSet<String>>,
     /// As for a file: a sync that failed once is not believed again.
     sync_failed: AtomicBool,
 }
@@ -289,7 +289,7 @@ impl DiskDir {
         })
     }
 
-    pub(super) fn in_the_making(&self) -> MutexGuard<'_, HashSet<LayerId>> {
+    pub(super) fn in_the_making(&self) -> MutexGuard<'_, HashSet<String>> {
         self.0.making.lock()
     }
 

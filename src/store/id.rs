@@ -9,6 +9,7 @@ use std::fmt;
 pub(super) const OVERLAY: &str = "overlay";
 pub(super) const LAYER: &str = "layer";
 pub(super) const DISK: &str = "disk";
+pub(super) const VM: &str = "vm";
 pub(super) const PARTIAL: &str = "partial";
 
 macro_rules! id {
@@ -29,6 +30,7 @@ macro_rules! id {
             }
 
             /// A new one that nobody else has.
+            #[cfg_attr(not(feature = "store"), allow(dead_code, reason = "saved VMs get theirs from a clone store"))]
             pub(super) fn random() -> std::io::Result<Self> {
                 let mut bytes = [0; 16];
                 crate::sys::entropy::fill_random(&mut bytes)?;
@@ -86,4 +88,8 @@ id!(
 id!(
     /// A layer: what one disk wrote between two cuts.
     LayerId
+);
+id!(
+    /// A saved VM: its manifest's name in the directory.
+    SavedId
 );

@@ -3,6 +3,7 @@
 //! Nothing here writes a page of a layer that exists. Images that are made (flattened, merged) are sealed layers.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::access::{Found, read_through};
@@ -18,7 +19,7 @@ use super::overlay::Shape;
 use super::record::BLOCK;
 use super::sealed::{Verified, Writer};
 use crate::account::{Charge, Item};
-use crate::backing::Sealed;
+use crate::backing::{Sealed, next_data_in};
 use crate::error::{SpaceError, StoreError};
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
@@ -111,6 +112,11 @@ impl DurableImage {
 
     pub(super) fn top(&self) -> Option<&Arc<Layer>> {
         self.0.top.as_ref()
+    }
+
+    #[cfg(feature = "store")]
+    pub(crate) fn top_id(&self) -> Option<LayerId> {
+        self.0.top.as_ref().map(|top| top.id())
     }
 
     #[cfg(feature = "store")]
@@ -348,6 +354,10 @@ impl Source for DurableImage {
     fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
         self.0.shape.geometry.check(at, ByteSize::new(buf.len() as u64))?;
         read_through(self, None, at.get(), buf, |page| Found::from(self.0.index.get(page)))
+    }
+
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        next_data_in(&self.0.index, self.0.shape.geometry.page_size(), self.0.base.as_deref(), at)
     }
 }
 

@@ -103,7 +103,7 @@ impl<'a> Job<'a> {
     }
 
     /// Tells of progress, and fails once it is cancelled.
-    pub(super) fn step(&self, layer: LayerId, done: u64, total: u64) -> Result<(), StoreError> {
+    pub(crate) fn step(&self, layer: LayerId, done: u64, total: u64) -> Result<(), StoreError> {
         if let Some(report) = self.report {
             report(Progress { layer, done: PageCount::new(done), total: PageCount::new(total) });
         }

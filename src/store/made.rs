@@ -1,24 +1,57 @@
-//! A layer that is being made, and that nothing names yet: told apart from what a crash left behind, and removed where its maker fails.
+//! Files that are being made, and that nothing names yet: told apart from what a crash left behind, and removed where their maker fails.
 //!
-//! Must not know how a layer is written.
+//! Must not know how a file is written.
 
 use super::directory::DiskDir;
 use super::id::LayerId;
 use super::sealed;
+use crate::error::StoreError;
 
-/// The claim on a new layer's id. Dropped before [`Made::keep`], the layer goes with it.
+/// The claim on a new file's name. Dropped before [`Claim::keep`], the file goes with it.
 #[derive(Debug)]
-pub(super) struct Made {
+pub(super) struct Claim {
     dir: DiskDir,
-    id: LayerId,
+    file: String,
     kept: bool,
 }
 
+impl Claim {
+    pub(super) fn on(dir: &DiskDir, file: &str) -> Self {
+        dir.in_the_making().insert(file.to_owned());
+        Self { dir: dir.clone(), file: file.to_owned(), kept: false }
+    }
+
+    /// Something that is durable names the file, or may.
+    pub(super) fn keep(&mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.kept {
+            match self.dir.folder().remove(&self.file) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, file = %self.file, "a file that nothing names was left behind");
+                }
+                _ => {}
+            }
+        }
+        self.dir.in_the_making().remove(&self.file);
+    }
+}
+
+/// The claim on a new layer.
+#[derive(Debug)]
+pub(super) struct Made {
+    id: LayerId,
+    claim: Claim,
+}
+
 impl Made {
-    pub(super) fn new(dir: &DiskDir) -> Result<Self, crate::StoreError> {
+    pub(super) fn new(dir: &DiskDir) -> Result<Self, StoreError> {
         let id = LayerId::random().map_err(|error| dir.no_id(error))?;
-        dir.in_the_making().insert(id);
-        Ok(Self { dir: dir.clone(), id, kept: false })
+        Ok(Self { id, claim: Claim::on(dir, &sealed::file_name(id)) })
     }
 
     pub(super) fn id(&self) -> LayerId {
@@ -27,21 +60,11 @@ impl Made {
 
     /// Something that is durable names the layer, or may.
     pub(super) fn keep(&mut self) {
-        self.kept = true;
+        self.claim.keep();
     }
-}
 
-impl Drop for Made {
-    fn drop(&mut self) {
-        if !self.kept {
-            let name = sealed::file_name(self.id);
-            match self.dir.folder().remove(&name) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    tracing::warn!(%error, file = %name, "a layer that nothing names was left behind");
-                }
-                _ => {}
-            }
-        }
-        self.dir.in_the_making().remove(&self.id);
+    #[cfg(feature = "store")]
+    pub(super) fn into_claim(self) -> Claim {
+        self.claim
     }
 }

@@ -47,6 +47,8 @@ mod flush;
 mod head;
 mod id;
 mod image;
+#[cfg(all(test, shuttle))]
+mod interleavings;
 mod job;
 mod layer;
 mod made;
@@ -57,16 +59,20 @@ mod presence;
 mod ranges;
 mod record;
 mod restack;
+mod saved;
 mod sealed;
 
 #[cfg(feature = "store")]
 pub use clones::{
-    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SpaceUsed, StoreOptions,
+    CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SavedInfo, SpaceUsed, StoreOptions,
 };
+#[cfg(feature = "store")]
+pub(crate) use clones::{NewSaved, StoreTag, data_pages};
 pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
-pub use id::{DiskId, LayerId};
+pub use id::{DiskId, LayerId, SavedId};
 pub use image::{DurableImage, LayerInfo};
 pub use job::{Cancel, Job, Progress};
 pub use medium::{Folder, Medium, Sharing, open_folder};
+pub use saved::{Manifest, SavedAccess, SavedDisk, SavedRegion};
 pub use sealed::Verified;

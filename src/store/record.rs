@@ -11,6 +11,8 @@
 //!  16  8  generation                   48 16  id
 //! ```
 
+use std::sync::Arc;
+
 use super::file::NamedFile;
 use crate::error::StoreError;
 
@@ -100,10 +102,10 @@ impl Record {
     }
 
     /// Refuses versions and features that this code does not know. It knows version 1 and none of the features yet.
-    pub(super) fn check_known(&self, file: &NamedFile, purpose: Purpose) -> Result<(), StoreError> {
+    pub(super) fn check_known(&self, file: &Arc<str>, purpose: Purpose) -> Result<(), StoreError> {
         let version = self.u32_at(8);
         let (must, read_only) = (self.u64_at(MUST_UNDERSTAND), self.u64_at(READ_ONLY));
-        let unknown = |features, what| StoreError::Unknown { file: file.name().clone(), version, features, what };
+        let unknown = |features, what| StoreError::Unknown { file: file.clone(), version, features, what };
         if version != VERSION || must != 0 {
             return Err(unknown(must, "read"));
         }
@@ -174,7 +176,7 @@ impl RecordPair {
             (Some(first), None) => (first, Which::First),
             (None, None) => return Err(file.damaged("neither of its two records is whole", 0)),
         };
-        current.check_known(file, purpose)?;
+        current.check_known(file.name(), purpose)?;
         if current.generation() > LAST_GENERATION {
             return Err(file.limit("updates", current.generation(), LAST_GENERATION));
         }

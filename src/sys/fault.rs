@@ -29,6 +29,10 @@ pub(crate) enum Call {
     Getrandom,
     #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "only that front end makes it"))]
     Poll,
+    #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
+    Dup,
+    #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
+    Spawn,
     Fdatasync,
     Fsync,
     Flock,
@@ -65,6 +69,8 @@ impl Call {
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
             Self::Poll => "poll",
+            Self::Dup => "fcntl(F_DUPFD_CLOEXEC)",
+            Self::Spawn => "fork",
             Self::Fdatasync => "fdatasync",
             Self::Fsync => "fsync",
             Self::Flock => "flock",

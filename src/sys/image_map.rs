@@ -212,7 +212,7 @@ mod tests {
             assert_eq!(image.len(), ByteSize::new(10_001));
             assert_eq!(read(&image, 0, 10_001).unwrap(), bytes(10_001));
             assert_eq!(read(&image, 9_999, 2).unwrap(), bytes(10_001)[9_999..]);
-            assert_eq!(read(&image, 10_001, 0).unwrap(), []);
+            assert!(read(&image, 10_001, 0).unwrap().is_empty());
             for (at, len) in [(10_001, 1), (0, 10_002), (u64::MAX, 2)] {
                 assert!(matches!(read(&image, at, len), Err(ImageError::OutOfRange { .. })));
             }

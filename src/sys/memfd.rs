@@ -78,6 +78,12 @@ impl File {
         Ok(set)
     }
 
+    /// A descriptor of the same file, closed on exec.
+    #[cfg(feature = "qemu")]
+    fn share(&self) -> Result<OwnedFd, SysError> {
+        checked(Call::Dup, || rustix::io::fcntl_dupfd_cloexec(&self.fd, 0))
+    }
+
     fn add_seals(&self, seals: SealFlags) -> Result<(), Errno> {
         checked_errno(Call::AddSeals, || rustix::fs::fcntl_add_seals(&self.fd, seals))
     }
@@ -156,6 +162,15 @@ impl Memfd {
     /// Length in bytes.
     pub(crate) fn len(&self) -> ByteSize {
         self.file.geometry.len()
+    }
+
+    /// A descriptor of the same file for another process, closed on exec.
+    ///
+    /// # Errors
+    /// [`SysError::OutOfDescriptors`].
+    #[cfg(feature = "qemu")]
+    pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
+        self.file.share()
     }
 
     /// Its identity.
@@ -304,6 +319,15 @@ impl SealedMemfd {
     /// Length in bytes.
     pub(crate) fn len(&self) -> ByteSize {
         self.file.geometry.len()
+    }
+
+    /// A descriptor of the same file for another process, closed on exec.
+    ///
+    /// # Errors
+    /// [`SysError::OutOfDescriptors`].
+    #[cfg(feature = "qemu")]
+    pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
+        self.file.share()
     }
 
     /// Its identity.

@@ -20,6 +20,8 @@ pub(crate) mod wait;
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod access;
+#[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+pub(crate) mod child;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod copy_back;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]

@@ -175,7 +175,7 @@ impl<B: Backing> Vm<B> {
         debug_span!("flush").in_scope(|| self.flush_all())?;
         timings.flush = clock.lap();
 
-        let (parts, deferred) = {
+        let (parts, mut deferred) = {
             let _span = debug_span!("cut").entered();
             // A freeze waits for the writes that are under way, and lets in no other until it is undone.
             let gates = match afterwards {
@@ -206,15 +206,15 @@ impl<B: Backing> Vm<B> {
         };
         timings.cut += clock.lap();
 
-        let resumed = match afterwards {
-            Afterwards::StayFrozen => {
+        // A panic is held back until the fork point is in place: the cut is made.
+        let resumed = catch_unwind(AssertUnwindSafe(|| {
+            if afterwards == Afterwards::StayFrozen {
                 guest.resume = false;
                 guest.busy.after = VmStatus::Frozen;
-                Ok(Ok(()))
             }
-            // A panic is held back until the fork point is in place: the cut is made.
-            Afterwards::RunOn => catch_unwind(AssertUnwindSafe(|| debug_span!("resume").in_scope(|| guest.resume()))),
-        };
+            deferred.insert(0, guest.guest.committed());
+            debug_span!("resume").in_scope(|| guest.resume())
+        }));
         timings.resume = clock.lap();
         timings.total = clock.total();
         timings.note();

@@ -6,6 +6,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::backing::Deferred;
 use crate::page::ByteSize;
 
 /// A guest that stands still already: nothing executes while the call is under way, because the caller is what executes it, as in a
@@ -68,6 +69,13 @@ pub trait Guest {
     /// # Errors
     /// Whatever could not be read; the fork is undone and the guest resumed.
     fn save(&mut self) -> Result<DeviceState, BoxError>;
+
+    /// The cut is made and cannot be undone any more; `resume` is next, unless the VM stays frozen or was paused before. Returns what
+    /// still has the memory that was cut, such as another process that maps it: dropped with what the fork puts off, before the old view of
+    /// RAM. For a guest that is more than one process; nothing unless overridden. Must not panic.
+    fn committed(&mut self) -> Deferred {
+        Deferred::default()
+    }
 
     /// Runs on.
     ///

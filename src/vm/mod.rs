@@ -13,6 +13,8 @@ mod point;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod relocate;
 mod reset;
+#[cfg(all(feature = "store", unix))]
+mod saved;
 mod teardown;
 mod timings;
 mod working_set;
@@ -27,6 +29,8 @@ pub use point::{ForkPoint, PointDiff, SpawnError};
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use relocate::Relocate;
 pub use reset::ResetError;
+#[cfg(all(feature = "store", unix))]
+pub use saved::{Reading, SavedError};
 pub use teardown::{PutOff, Teardown};
 pub use timings::{Fallback, ForkTimings, PrecopyEnd, PrecopyRound, PrecopyTimings};
 

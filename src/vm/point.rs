@@ -46,6 +46,8 @@ struct Inner<B: Backing> {
     parts: PointParts<B>,
     timings: ForkTimings,
     teardown: Teardown,
+    #[cfg(all(feature = "store", unix))]
+    saved: parking_lot::Mutex<Option<super::saved::SavedAs>>,
     _charge: Charge,
 }
 
@@ -78,7 +80,15 @@ impl<B: Backing> Clone for ForkPoint<B> {
 impl<B: Backing> ForkPoint<B> {
     pub(super) fn new(tree: Tree, parts: PointParts<B>, timings: ForkTimings, teardown: Teardown) -> Self {
         let charge = tree.0.charge(Item::ForkPoint);
-        Self(Arc::new(Inner { tree, parts, timings, teardown, _charge: charge }))
+        Self(Arc::new(Inner {
+            tree,
+            parts,
+            timings,
+            teardown,
+            #[cfg(all(feature = "store", unix))]
+            saved: parking_lot::Mutex::default(),
+            _charge: charge,
+        }))
     }
 
     /// Spawns a clone: paused at this instant, with an identity of its own.
@@ -174,6 +184,17 @@ impl<B: Backing> ForkPoint<B> {
     /// A disk at this instant.
     pub fn disk(&self, name: &str) -> Option<&DiskImage> {
         self.0.parts.disks.iter().find(|(own, _)| own.as_str() == name).map(|(_, image)| image)
+    }
+
+    /// The disks, in the order of the VM's.
+    pub fn disks(&self) -> impl ExactSizeIterator<Item = (&DiskName, &DiskImage)> {
+        self.0.parts.disks.iter().map(|(name, image)| (name, image))
+    }
+
+    /// Where it lies in a store, if it was saved there or comes from there.
+    #[cfg(all(feature = "store", unix))]
+    pub(super) fn saved(&self) -> &parking_lot::Mutex<Option<super::saved::SavedAs>> {
+        &self.0.saved
     }
 
     /// The name of the VM that was cut.

@@ -379,7 +379,14 @@ impl Player {
         }
         assert!(read_disk(&disk) == flat.now, "{clone} reads something else after its layers were merged");
         disk.validate().expect("its tables agree");
-        Ok(disk.flush()?)
+        let forked = (1..6).contains(&guest.forks);
+        drop(guest);
+        disk.flush()?;
+        if forked {
+            // What a fork point held when the layers were given back goes with a repair.
+            self.store.repair()?;
+        }
+        Ok(())
     }
 
     fn rebase(&mut self, clone: &CloneName, onto: &CloneName, after: &mut World) -> Result<(), CloneError> {

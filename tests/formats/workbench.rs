@@ -66,7 +66,12 @@ pub fn qemu_img(scratch: &Scratch, args: &[&str]) -> String {
 
 /// Runs commands on a qcow2 file. A pattern that is not there is a failure.
 pub fn qemu_io(scratch: &Scratch, image: &str, commands: &[&str]) {
-    let mut args = vec!["-f", "qcow2"];
+    qemu_io_on(scratch, "qcow2", image, commands);
+}
+
+/// The same, on a file of this format.
+pub fn qemu_io_on(scratch: &Scratch, format: &str, image: &str, commands: &[&str]) {
+    let mut args = vec!["-f", format];
     args.extend(commands.iter().flat_map(|command| ["-c", command]));
     args.push(image);
     let text = run(scratch, "qemu-io", &args);

@@ -3,12 +3,13 @@
 //! Nothing here writes a page: an image gives out its index, and pages are written only through a live table.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::page::{Page, PageBody};
 use super::{Heap, PageArc};
 use crate::account::{Charge, Item};
-use crate::backing::{Sealed, Tree};
+use crate::backing::{Sealed, Tree, next_data_in};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
@@ -129,6 +130,10 @@ impl<B: PageBody> Source for HeapImage<B> {
     fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
         // A live space over this image that nobody writes reads exactly as the image.
         super::State::over(self.clone()).read(at, buf)
+    }
+
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        next_data_in(&self.0.index, self.0.geometry.page_size(), self.0.base.as_deref(), at)
     }
 }
 

@@ -4,6 +4,9 @@
 //! writes a page; a merge in the background may move all of them to other layers.
 
 use std::fmt;
+use std::ops::Range;
+#[cfg(feature = "qemu")]
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::Mapped;
@@ -11,7 +14,7 @@ use super::layer::{Content, Family, Layer, LayerBuilder, Version, host_pages};
 use super::layer_map::LayerMap;
 use super::merge::{self, Due, Laid};
 use crate::account::{Charge, Item};
-use crate::backing::{Prefault, Sealed, Tree};
+use crate::backing::{Prefault, Sealed, Tree, next_data_in};
 use crate::error::SpaceError;
 use crate::image::{Lineage, Source};
 use crate::overlay::{Index, PageState};
@@ -178,6 +181,15 @@ impl MappedImage {
         Ok(Mapping::map_layers(&base.file, &extents, self.0.geometry.len(), place)?)
     }
 
+    /// The one sealed file that shows the whole image, every byte at its own offset; `None` where it lies on several, or on none: a
+    /// flattened image has one. The descriptor is the caller's own.
+    #[cfg(feature = "qemu")]
+    pub(crate) fn whole_file(&self) -> Result<Option<OwnedFd>, SpaceError> {
+        let Some(map) = self.map() else { return Ok(None) };
+        let (base, over) = map.plan();
+        if over.is_empty() { Ok(Some(base.file.share()?)) } else { Ok(None) }
+    }
+
     /// Those of `pages` that may hold anything but zeroes: asks the kernel what the layers hold. Two calls for each run of data.
     pub(super) fn data_in(&self, pages: &PageSet) -> Result<PageSet, SpaceError> {
         let Some(map) = self.map() else {
@@ -247,6 +259,25 @@ impl Source for MappedImage {
             }
         }
         Ok(())
+    }
+
+    /// The kernel knows what the layers hold, so it is asked, of twice as much each time that nothing is there.
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        let (geometry, size) = (self.0.geometry, self.0.geometry.page_size());
+        if self.is_root() {
+            return next_data_in(&self.0.index, size, self.0.base.as_deref(), at);
+        }
+        let (mut from, end) = (size.page_of(at), PageIndex::new(geometry.pages().get()));
+        let mut window = PageCount::new(1 << 6);
+        while from < end {
+            let to = from.checked_add(window).map_or(end, |to| to.min(end));
+            let asked = PageSet::from(PageRange::from_bounds(from, to));
+            if let Some(run) = self.data_in(&asked)?.runs().next() {
+                return Ok(Some(at.max(size.start_of(run.start()))..size.start_of(run.end())));
+            }
+            (from, window) = (to, window.saturating_add(window));
+        }
+        Ok(None)
     }
 }
 

@@ -40,6 +40,8 @@ pub(crate) use precopy::{Begun, NoCut, Onward, PauseBound, Precopy, Round};
 pub use relocate::{AddressHole, PlacedRam};
 
 use std::fmt;
+#[cfg(feature = "qemu")]
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -387,6 +389,17 @@ impl Mapped {
     #[cfg(feature = "vm-memory")]
     pub(crate) fn lease(&self, at: ByteOffset, len: ByteSize) -> Result<LeasedRange, SpaceError> {
         Ok(self.shared()?.mapping.lease(at, len)?)
+    }
+
+    /// The file that a space lies in which was never cut: every byte of it at its own offset, and whoever maps it shared writes the
+    /// space. `None` once it was cut. The descriptor is the caller's own.
+    #[cfg(feature = "qemu")]
+    pub(crate) fn own_file(&self) -> Result<Option<OwnedFd>, SpaceError> {
+        match &self.shared()?.view {
+            View::Shared(OwnFile::Writable(file)) => Ok(Some(file.share()?)),
+            View::Shared(OwnFile::Sealed(layer)) => Ok(Some(layer.file.share()?)),
+            View::Private | View::Kept(_) => Ok(None),
+        }
     }
 
     /// Kernel mappings that it is made of, against [`Limits::mappings_per_vm`](crate::Limits::mappings_per_vm): of the guest's view, and of

@@ -14,6 +14,7 @@ use imago::vmdk::Vmdk;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping, Storage, StorageOpenOptions};
 
 use super::policy::ImportPolicy;
+use super::vmdk_sparse::{SparseVmdk, is_sparse};
 use super::{Format, FormatError, Rule, qcow2_header};
 use crate::backing::FileImage;
 use crate::image::Source;
@@ -33,6 +34,7 @@ pub(super) struct Layer {
 #[derive(Debug)]
 pub(super) enum Content {
     Raw(FileImage),
+    Sparse(SparseVmdk),
     /// Read through the library.
     Mapped {
         access: Box<FormatAccess<LibraryFile>>,
@@ -142,6 +144,11 @@ fn qcow2(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<(Layer, Bel
 
 fn vmdk(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<Layer, FormatError> {
     let io = |error| FormatError::io(path, error);
+    if is_sparse(path, &file)? {
+        let image = SparseVmdk::open(path, file)?;
+        opener.policy.check_size(path, image.len())?;
+        return Ok(Layer { path: path.to_owned(), len: image.len(), content: Content::Sparse(image) });
+    }
     let len = file.metadata().map_err(io)?.len();
     if !(4..=LONGEST_DESCRIPTOR).contains(&len) {
         return Err(FormatError::refused(path, Rule::NotThisFormat(Format::Vmdk)));

@@ -87,9 +87,13 @@ pub enum Rule {
     /// An unknown version.
     #[error("version {0} is not supported")]
     Version(u32),
-    /// A bit that must be understood and is not. Extended L2 entries and other compression than deflate are among them.
-    #[error("incompatible feature bits {0:#x} are not supported: convert it with qemu-img convert")]
+    /// Bits that must be understood and are not. Extended L2 entries (16) and other compression than deflate (8) of qcow2 are among them, and
+    /// are named.
+    #[error("incompatible features are not supported ({}): convert it with qemu-img convert", features(*.0))]
     Features(u64),
+    /// A kind of the format that is not read.
+    #[error("not supported: {0}")]
+    Unsupported(&'static str),
     /// Its last writer did not close it.
     #[error("it is marked dirty: repair it with qemu-img check -r all")]
     Dirty,
@@ -104,6 +108,12 @@ pub enum Rule {
     VirtualSize {
         /// What it declares.
         size: ByteSize,
+        /// What is allowed.
+        limit: ByteSize,
+    },
+    /// It holds more data than the policy allows; found while it is copied.
+    #[error("it stands for more than {limit} of data (ImportPolicy::data)")]
+    Data {
         /// What is allowed.
         limit: ByteSize,
     },
@@ -161,4 +171,15 @@ pub enum Rule {
     /// Something that cannot be written in the format.
     #[error("cannot be exported: {0}")]
     NotExportable(&'static str),
+}
+
+/// What the bits of [`Rule::Features`] mean, where it is known.
+fn features(bits: u64) -> String {
+    use super::qcow2_header::{EXTENDED_L2, OTHER_COMPRESSION};
+    let names =
+        [(OTHER_COMPRESSION, "compression other than deflate, such as zstd"), (EXTENDED_L2, "extended L2 entries")];
+    let known: Vec<_> = names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| (*name).to_owned()).collect();
+    let unknown = names.iter().fold(bits, |bits, (bit, _)| bits & !bit);
+    let rest = (unknown != 0).then(|| format!("unknown bits {unknown:#x}"));
+    known.into_iter().chain(rest).collect::<Vec<_>>().join(", ")
 }

@@ -1,20 +1,21 @@
 //! From a source to a file: the whole of it, or what changed since an ancestor.
 
-use std::ops::ControlFlow;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-use super::import::{Input, PIECE, data_runs, pieces};
+use super::import::{PIECE, Terms, copy_data};
 use super::output::{Output, PartFile};
 use super::policy::is_protocol;
 use super::qcow2_header::LONGEST_NAME;
 use super::qcow2_writer::Qcow2Writer;
 use super::vmdk_writer::{GRAIN, VmdkWriter};
-use super::{Format, FormatError, ImportedImage, Progress, Rule, Watch};
+use super::{Format, FormatError, ImportedImage, Rule, Watch};
 use crate::backing::Sealed;
-use crate::disk::{Disk, DiskImage};
+use crate::disk::{AnySealed, DiskImage};
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, PageSet, PageSize, SECTOR_SIZE, is_zero};
+use crate::page::{ByteOffset, ByteSize, GeometryError, PageSet, PageSize, SECTOR_SIZE, is_zero};
 
 /// Size of a qcow2 cluster: a power of two from 4 KiB to 2 MiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -65,27 +66,39 @@ pub struct BackingName {
     pub format: Format,
 }
 
-/// A disk of a fork point as a [`Source`].
-#[derive(Debug)]
-pub struct DiskSource(Disk);
+/// A disk of a fork point as a [`Source`]: its sectors, read from its image.
+#[derive(Clone, Debug)]
+pub struct DiskSource {
+    image: Arc<dyn AnySealed>,
+    len: ByteSize,
+}
 
 impl DiskSource {
-    /// Reads `image`. Costs a spawn of the disk.
-    ///
-    /// # Errors
-    /// As [`DiskImage::spawn`].
-    pub fn new(image: &DiskImage) -> Result<Self, SpaceError> {
-        image.spawn().map(Self)
+    /// Reads `image`. Costs one reference.
+    pub fn new(image: &DiskImage) -> Self {
+        let len = ByteSize::new(image.capacity().get().saturating_mul(SECTOR_SIZE));
+        Self { image: image.shared(), len }
     }
 }
 
 impl Source for DiskSource {
     fn len(&self) -> ByteSize {
-        ByteSize::new(self.0.capacity().get().saturating_mul(SECTOR_SIZE))
+        self.len
     }
 
     fn read(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SpaceError> {
-        self.0.space().read(at, buf)
+        let len = ByteSize::new(buf.len() as u64);
+        // The space may be longer: it ends with a page.
+        if at.checked_add(len).is_none_or(|end| end.get() > self.len.get()) {
+            return Err(GeometryError::OutOfRange { at, len, space: self.len }.into());
+        }
+        self.image.read(at, buf)
+    }
+
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        let end = ByteOffset::new(self.len.get());
+        let found = self.image.next_data(at)?.map(|found| found.start..found.end.min(end));
+        Ok(found.filter(|found| !found.is_empty()))
     }
 }
 
@@ -112,8 +125,8 @@ impl Delta {
     /// [`SpaceError::Unrelated`] unless both come from one disk.
     pub fn of_disks(image: &DiskImage, ancestor: &DiskImage) -> Result<Self, SpaceError> {
         let changed = image.image().diff(ancestor.image())?;
-        let source = DiskSource::new(image)?;
-        let page = source.0.space().geometry().page_size();
+        let source = DiskSource::new(image);
+        let page = image.image().geometry().page_size();
         Ok(Self { image: Box::new(source), changed, page })
     }
 
@@ -129,20 +142,8 @@ impl std::fmt::Debug for Delta {
     }
 }
 
-/// A source of which nothing is known.
-struct Plain<'a>(&'a dyn Source);
-
-impl Input for Plain<'_> {
-    fn source(&self) -> &dyn Source {
-        self.0
-    }
-
-    fn known_zeroes(&self, _: ByteOffset) -> Result<ByteSize, FormatError> {
-        Ok(ByteSize::ZERO)
-    }
-}
-
-/// Writes all of `source` to `target`, which is replaced if it is there. Zeroes take no space. Reads everything; one buffer of 2 MiB.
+/// Writes all of `source` to `target`, which is replaced if it is there. Zeroes take no space. Reads what [`Source::next_data`] names, so it costs by
+/// data where the source has an index; one buffer of 2 MiB.
 ///
 /// qcow2 and VMDK count in sectors: a part of one at the end is filled up with zeroes.
 ///
@@ -155,94 +156,88 @@ pub fn export(
     format: &ExportFormat,
     watch: &mut Watch<'_>,
 ) -> Result<(), FormatError> {
-    export_input(&Plain(source), target, *format, watch)
+    export_on(source, target, *format, &mut Terms::new(watch))
 }
 
 impl ImportedImage {
-    /// [`export`], with what this image's tables say is zero not even read.
+    /// [`export`], within this image's [`ImportPolicy::data`](super::ImportPolicy::data).
     ///
     /// # Errors
-    /// As [`export`].
+    /// As [`export`]; [`Rule::Data`].
     pub fn convert(&self, target: &Path, format: &ExportFormat, watch: &mut Watch<'_>) -> Result<(), FormatError> {
-        export_input(self, target, *format, watch)
+        export_on(self, target, *format, &mut Terms::of(self, watch))
     }
 }
 
-fn export_input(
-    input: &impl Input,
+fn export_on(
+    source: &dyn Source,
     target: &Path,
     format: ExportFormat,
-    watch: &mut Watch<'_>,
+    terms: &mut Terms<'_, '_>,
 ) -> Result<(), FormatError> {
     let mut file = PartFile::create(target)?;
     match format {
-        ExportFormat::Raw => write_raw(input, target, &mut file, watch)?,
-        ExportFormat::Qcow2(cluster) => write_qcow2(input, target, &mut file, cluster, watch)?,
-        ExportFormat::Vmdk => write_vmdk(input, target, &mut file, watch)?,
+        ExportFormat::Raw => write_raw(source, target, &mut file, terms)?,
+        ExportFormat::Qcow2(cluster) => write_qcow2(source, target, &mut file, cluster, terms)?,
+        ExportFormat::Vmdk => write_vmdk(source, target, &mut file, terms)?,
     }
     file.finish()
 }
 
 fn write_raw(
-    input: &impl Input,
+    source: &dyn Source,
     target: &Path,
     out: &mut impl Output,
-    watch: &mut Watch<'_>,
+    terms: &mut Terms<'_, '_>,
 ) -> Result<(), FormatError> {
     const GRANULE: u64 = 4096;
-    let len = input.source().len().get();
+    let len = source.len().get();
     let io = |error| FormatError::io(target, error);
     out.set_len(len).map_err(io)?;
-    pieces(input, GRANULE, watch, |at, bytes| {
-        data_runs(bytes, GRANULE).try_for_each(|(from, run)| {
-            let start = at + from;
-            out.put(start, &run[..run.len().min((len - start) as usize)]).map_err(io)
-        })
-    })
+    copy_data(source, GRANULE, terms, |at, run| out.put(at, &run[..run.len().min((len - at) as usize)]).map_err(io))
 }
 
 /// The blocks of `size` bytes that are not all zeroes, by number.
 fn data_blocks(
-    input: &impl Input,
+    source: &dyn Source,
     size: u64,
-    watch: &mut Watch<'_>,
+    terms: &mut Terms<'_, '_>,
     mut put: impl FnMut(u64, &[u8]) -> Result<(), FormatError>,
 ) -> Result<(), FormatError> {
-    pieces(input, size, watch, |at, bytes| {
-        let blocks = (at / size..).zip(bytes.chunks_exact(size as usize));
-        blocks.filter(|(_, bytes)| !is_zero(bytes)).try_for_each(|(i, bytes)| put(i, bytes))
+    copy_data(source, size, terms, |at, run| {
+        (at / size..).zip(run.chunks_exact(size as usize)).try_for_each(|(i, bytes)| put(i, bytes))
     })
 }
 
 fn write_qcow2(
-    input: &impl Input,
+    source: &dyn Source,
     target: &Path,
     out: &mut impl Output,
     cluster: ClusterSize,
-    watch: &mut Watch<'_>,
+    terms: &mut Terms<'_, '_>,
 ) -> Result<(), FormatError> {
     let cluster = cluster.bytes();
     let io = |error| FormatError::io(target, error);
-    let mut writer = Qcow2Writer::new(out, cluster, sectors_len(input.source(), target)?, None)
+    let mut writer = Qcow2Writer::new(out, cluster, sectors_len(source, target)?, None)
         .ok_or_else(|| FormatError::refused(target, TOO_SMALL_CLUSTERS))?;
-    data_blocks(input, cluster, watch, |i, bytes| writer.data(i, bytes).map_err(io))?;
+    data_blocks(source, cluster, terms, |i, bytes| writer.data(i, bytes).map_err(io))?;
     writer.finish().map_err(io)
 }
 
 fn write_vmdk(
-    input: &impl Input,
+    source: &dyn Source,
     target: &Path,
     out: &mut impl Output,
-    watch: &mut Watch<'_>,
+    terms: &mut Terms<'_, '_>,
 ) -> Result<(), FormatError> {
     let io = |error| FormatError::io(target, error);
     let name = target.file_name().and_then(|name| name.to_str()).filter(|name| !name.contains(['"', '\n', '\r']));
     let name = name.filter(|name| name.len() < 256);
     let refused = |why| FormatError::refused(target, Rule::NotExportable(why));
     let name = name.ok_or_else(|| refused("a VMDK has its name in it: plain UTF-8 without quotes, below 256 bytes"))?;
-    let mut writer = VmdkWriter::new(out, sectors_len(input.source(), target)?, name)
+    let mut writer = VmdkWriter::new(out, sectors_len(source, target)?, name)
         .ok_or_else(|| refused("a VMDK reaches no further than 2 TiB: use qcow2 or raw"))?;
-    data_blocks(input, GRAIN, watch, |i, bytes| writer.data(i, bytes).map_err(io))?;
+    data_blocks(source, GRAIN, terms, |i, bytes| writer.data(i, bytes).map_err(io))?;
     writer.finish().map_err(io)
 }
 
@@ -275,7 +270,7 @@ pub fn export_delta(
         return refused(Rule::NotExportable("a backing file's name has 1 to 1023 bytes, none of them zero"));
     }
     let mut file = PartFile::create(target)?;
-    write_delta(delta, backing, target, &mut file, cluster, watch)?;
+    write_delta(delta, backing, target, &mut file, cluster, &mut Terms::new(watch))?;
     file.finish()
 }
 
@@ -285,7 +280,7 @@ fn write_delta(
     target: &Path,
     out: &mut impl Output,
     cluster: ClusterSize,
-    watch: &mut Watch<'_>,
+    terms: &mut Terms<'_, '_>,
 ) -> Result<(), FormatError> {
     let cluster = cluster.bytes();
     let io = |error| FormatError::io(target, error);
@@ -301,6 +296,15 @@ fn write_delta(
         let end = delta.page.start_of(run.end()).get().min(total.get()).div_ceil(cluster);
         next = next.max(first);
         while next < end {
+            // What was discarded is known, and is not read.
+            let data = delta.image.next_data(ByteOffset::new(next * cluster))?;
+            let zeroes = data.map_or(end, |data| data.start.get() / cluster).min(end);
+            (next..zeroes).try_for_each(|i| writer.zero(i).map_err(io))?;
+            next = next.max(zeroes);
+            if next == end {
+                terms.tell((next * cluster).min(total.get()), total)?;
+                break;
+            }
             let count = (end - next).min(PIECE / cluster);
             let at = next * cluster;
             let whole = (count * cluster) as usize;
@@ -312,10 +316,7 @@ fn write_delta(
                 written.map_err(io)?;
             }
             next += count;
-            let done = ByteSize::new((next * cluster).min(total.get()));
-            if let ControlFlow::Break(()) = watch(Progress { done, total }) {
-                return Err(FormatError::Cancelled);
-            }
+            terms.tell((next * cluster).min(total.get()), total)?;
         }
     }
     writer.finish().map_err(io)
@@ -380,10 +381,10 @@ mod tests {
         type Write<'a> = &'a dyn Fn(&mut Full) -> Result<(), FormatError>;
         let cluster = ClusterSize::default();
         let writers: [Write<'_>; 4] = [
-            &|out| write_raw(&Plain(&Pattern), target, out, &mut keep_going),
-            &|out| write_qcow2(&Plain(&Pattern), target, out, cluster, &mut keep_going),
-            &|out| write_vmdk(&Plain(&Pattern), target, out, &mut keep_going),
-            &|out| write_delta(&delta, &backing, target, out, cluster, &mut keep_going),
+            &|out| write_raw(&Pattern, target, out, &mut Terms::new(&mut keep_going)),
+            &|out| write_qcow2(&Pattern, target, out, cluster, &mut Terms::new(&mut keep_going)),
+            &|out| write_vmdk(&Pattern, target, out, &mut Terms::new(&mut keep_going)),
+            &|out| write_delta(&delta, &backing, target, out, cluster, &mut Terms::new(&mut keep_going)),
         ];
         for write in writers {
             let mut whole = Full { left: usize::MAX, calls: 0 };

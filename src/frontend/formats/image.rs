@@ -1,12 +1,17 @@
 //! An image that was opened, as a base to read from: layers from the top down, and what each says of a range.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use imago::{ShallowMapping, StorageExt};
+use imago::file::File as LibraryFile;
+use imago::{FormatAccess, ShallowMapping, StorageExt};
 
 use super::chain::{self, Content, Layer, guarded, library_error};
+use super::import::PIECE;
+use super::vmdk_sparse::SparseVmdk;
 use super::{Format, FormatError, ImportPolicy, Rule};
+use crate::backing::FileImage;
 use crate::error::SpaceError;
 use crate::image::Source;
 use crate::page::{ByteOffset, ByteSize, GeometryError};
@@ -19,17 +24,37 @@ use crate::page::{ByteOffset, ByteSize, GeometryError};
 pub struct ImportedImage {
     /// The image itself, then what it reads through to.
     layers: Vec<Layer>,
+    /// [`ImportPolicy::data`].
+    data: ByteSize,
     /// The library panicked once: what it holds of this image is not trusted any more.
     broken: AtomicBool,
 }
 
 /// What a layer says of the bytes from an offset on.
-enum Found {
-    /// They are in this layer, and were read.
-    Data,
+enum Found<'l> {
+    Raw(&'l FileImage),
+    /// In a sparse VMDK, at this place in its file.
+    Sparse(&'l SparseVmdk, u64),
+    /// In a file that the library has open, at this place.
+    Stored(&'l LibraryFile, u64),
+    /// To be unpacked by the library.
+    Library(&'l FormatAccess<LibraryFile>),
     Zero,
     /// Ask the layer below.
     Below,
+}
+
+/// Whether a layer had the bytes, or those below must be asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Final {
+    Yes,
+    No,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Zero,
+    Anything,
 }
 
 impl ImportedImage {
@@ -38,7 +63,8 @@ impl ImportedImage {
     /// # Errors
     /// [`FormatError::Refused`] with the rule; [`FormatError::Io`]; [`FormatError::Fault`].
     pub fn open(path: impl AsRef<Path>, format: Format, policy: &ImportPolicy) -> Result<Self, FormatError> {
-        Ok(Self { layers: chain::open(path.as_ref(), format, policy)?, broken: AtomicBool::new(false) })
+        let layers = chain::open(path.as_ref(), format, policy)?;
+        Ok(Self { layers, data: policy.data, broken: AtomicBool::new(false) })
     }
 
     /// The files of the chain, the image first. Data files and extents are not listed.
@@ -46,25 +72,29 @@ impl ImportedImage {
         self.layers.iter().map(|layer| layer.path.as_path())
     }
 
-    /// How many bytes from `at` on are known to be zero without reading them. None are known of a raw file: its holes are read,
-    /// because what a file system says of holes is not always true.
-    pub(super) fn zeroes_from(&self, at: ByteOffset) -> Result<ByteSize, FormatError> {
-        let mut left = self.len().get().saturating_sub(at.get());
+    /// How much data a copy may find in it.
+    pub(super) fn limit(&self) -> Option<(&Path, ByteSize)> {
+        self.layers.first().map(|top| (top.path.as_path(), self.data))
+    }
+
+    /// Whether the bytes from `at` on are known to be zero without reading them, and for how many of the next `most` that is so, or not. Nothing
+    /// is known of a raw file: its holes are read, because what a file system says of holes is not always true.
+    fn known(&self, at: u64, most: u64) -> Result<(Known, u64), FormatError> {
+        let mut left = most;
         for layer in &self.layers {
-            let Some(inside) = layer.len.get().checked_sub(at.get()).filter(|inside| *inside > 0) else {
-                return Ok(ByteSize::new(left));
+            let Some(inside) = layer.len.get().checked_sub(at).filter(|inside| *inside > 0) else {
+                return Ok((Known::Zero, left));
             };
             left = left.min(inside);
-            let Content::Mapped { access, .. } = &layer.content else { return Ok(ByteSize::ZERO) };
-            let (mapping, len) = self.library(layer, || access.get_shallow_mapping(at.get(), left))?;
+            let (found, len) = self.find(layer, at, left)?;
             left = left.min(len);
-            match mapping {
-                ShallowMapping::Zero { explicit: false, .. } => {}
-                ShallowMapping::Zero { .. } => return Ok(ByteSize::new(left)),
-                _ => return Ok(ByteSize::ZERO),
+            match found {
+                Found::Below => {}
+                Found::Zero => return Ok((Known::Zero, left)),
+                _ => return Ok((Known::Anything, left)),
             }
         }
-        Ok(ByteSize::new(left))
+        Ok((Known::Zero, left))
     }
 
     fn library<T>(&self, layer: &Layer, call: impl FnOnce() -> std::io::Result<T>) -> Result<T, FormatError> {
@@ -80,17 +110,18 @@ impl ImportedImage {
         result?.map_err(|error| library_error(&layer.path, error))
     }
 
-    /// Fills the front of `buf` from one layer; says how much, and whether that is final.
-    fn read_layer(&self, layer: &Layer, at: u64, buf: &mut [u8]) -> Result<(Found, usize), FormatError> {
+    /// What a layer says of the bytes from `at` on, which are inside it, and for how many of the next `most` it is so. Never for none.
+    fn find<'l>(&self, layer: &'l Layer, at: u64, most: u64) -> Result<(Found<'l>, u64), FormatError> {
         let (access, data_end) = match &layer.content {
-            Content::Raw(image) => {
-                image.read(ByteOffset::new(at), buf)?;
-                return Ok((Found::Data, buf.len()));
+            Content::Raw(image) => return Ok((Found::Raw(image), most)),
+            Content::Sparse(image) => {
+                let (from, len) = image.find(&layer.path, at, most)?;
+                return Ok((from.map_or(Found::Below, |from| Found::Sparse(image, from)), len));
             }
             Content::Mapped { access, data_end } => (access, data_end),
         };
-        let (mapping, len) = self.library(layer, || access.get_shallow_mapping(at, buf.len() as u64))?;
-        let len = buf.len().min(len as usize);
+        let (mapping, len) = self.library(layer, || access.get_shallow_mapping(at, most))?;
+        let len = len.min(most);
         if len == 0 {
             return Err(FormatError::refused(&layer.path, Rule::Malformed("its tables end before its size".into())));
         }
@@ -98,20 +129,31 @@ impl ImportedImage {
             ShallowMapping::Zero { explicit: true, .. } => Found::Zero,
             ShallowMapping::Zero { .. } => Found::Below,
             ShallowMapping::Raw { storage, offset, .. } => {
-                let end = offset.saturating_add(len as u64);
+                let end = offset.saturating_add(len);
                 if let Some(file) = data_end.filter(|file| end > *file) {
                     let rule = Rule::Truncated { at: end, file: ByteSize::new(file) };
                     return Err(FormatError::refused(&layer.path, rule));
                 }
-                self.library(layer, || storage.read(&mut buf[..len], offset))?;
-                Found::Data
+                Found::Stored(storage, offset)
             }
-            _ => {
-                self.library(layer, || access.read(&mut buf[..len], at))?;
-                Found::Data
-            }
+            _ => Found::Library(access),
         };
         Ok((found, len))
+    }
+
+    /// Fills the front of `buf` from one layer; says how much, and whether that is final.
+    fn read_layer(&self, layer: &Layer, at: u64, buf: &mut [u8]) -> Result<(Final, usize), FormatError> {
+        let (found, len) = self.find(layer, at, buf.len() as u64)?;
+        let part = &mut buf[..len as usize];
+        match found {
+            Found::Below => return Ok((Final::No, part.len())),
+            Found::Zero => part.fill(0),
+            Found::Raw(image) => image.read(ByteOffset::new(at), part)?,
+            Found::Sparse(image, from) => image.read(&layer.path, from, part)?,
+            Found::Stored(storage, offset) => self.library(layer, || storage.read(&mut *part, offset))?,
+            Found::Library(access) => self.library(layer, || access.read(&mut *part, at))?,
+        }
+        Ok((Final::Yes, part.len()))
     }
 
     fn read_from(&self, layers: &[Layer], mut at: u64, mut buf: &mut [u8]) -> Result<(), FormatError> {
@@ -127,10 +169,8 @@ impl ImportedImage {
         while !buf.is_empty() {
             let (found, len) = self.read_layer(layer, at, buf)?;
             let (done, rest) = std::mem::take(&mut buf).split_at_mut(len);
-            match found {
-                Found::Data => {}
-                Found::Zero => done.fill(0),
-                Found::Below => self.read_from(below, at, done)?,
+            if found == Final::No {
+                self.read_from(below, at, done)?;
             }
             at += len as u64;
             buf = rest;
@@ -150,5 +190,27 @@ impl Source for ImportedImage {
             return Err(GeometryError::OutOfRange { at, len, space: self.len() }.into());
         }
         self.read_from(&self.layers, at.get(), buf).map_err(FormatError::into_space_error)
+    }
+    /// As the tables say. Ends at the latest where the next 2 MiB begin, so that compressed clusters are read together.
+    fn next_data(&self, at: ByteOffset) -> Result<Option<Range<ByteOffset>>, SpaceError> {
+        let (len, mut at) = (self.len().get(), at.get());
+        let known = |at: u64, most: u64| self.known(at, most).map_err(FormatError::into_space_error);
+        while at < len {
+            let (is, here) = known(at, len - at)?;
+            if is == Known::Zero {
+                at += here;
+                continue;
+            }
+            let mut end = at + here;
+            let piece = (at / PIECE * PIECE).saturating_add(PIECE).min(len);
+            while end < piece {
+                match known(end, piece - end)? {
+                    (Known::Zero, _) => break,
+                    (Known::Anything, more) => end += more,
+                }
+            }
+            return Ok(Some(ByteOffset::new(at)..ByteOffset::new(end)));
+        }
+        Ok(None)
     }
 }

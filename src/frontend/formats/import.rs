@@ -2,8 +2,9 @@
 //! out. One buffer of 2 MiB, whatever the size of the image.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
-use super::{FormatError, ImportedImage, Progress, Watch};
+use super::{FormatError, ImportedImage, Progress, Rule, Watch};
 use crate::backing::{Backing, Tree};
 use crate::disk::Disk;
 use crate::image::Source;
@@ -12,60 +13,80 @@ use crate::page::{ByteOffset, ByteSize, Geometry, Lba, PageSize, SECTOR_SIZE, is
 /// The largest cluster of any format, so that no compressed one is unpacked twice.
 pub(super) const PIECE: u64 = 2 << 20;
 
-/// Something to copy from.
-pub(super) trait Input {
-    fn source(&self) -> &dyn Source;
-
-    /// How many bytes from `at` on are zero, as far as that is known without reading.
-    fn known_zeroes(&self, at: ByteOffset) -> Result<ByteSize, FormatError>;
+/// Who is told how far a copy is, and how much data it may find.
+pub(super) struct Terms<'t, 'w> {
+    watch: &'t mut Watch<'w>,
+    most: Option<(&'t Path, ByteSize)>,
+    found: u64,
 }
 
-impl Input for ImportedImage {
-    fn source(&self) -> &dyn Source {
-        self
+impl<'t, 'w> Terms<'t, 'w> {
+    pub(super) fn new(watch: &'t mut Watch<'w>) -> Self {
+        Self { watch, most: None, found: 0 }
     }
 
-    fn known_zeroes(&self, at: ByteOffset) -> Result<ByteSize, FormatError> {
-        self.zeroes_from(at)
+    /// Terms for a copy of `image`, whose policy has a limit.
+    pub(super) fn of(image: &'t ImportedImage, watch: &'t mut Watch<'w>) -> Self {
+        Self { most: image.limit(), ..Self::new(watch) }
+    }
+
+    fn count(&mut self, data: u64) -> Result<(), FormatError> {
+        self.found = self.found.saturating_add(data);
+        match self.most {
+            Some((path, limit)) if self.found > limit.get() => Err(FormatError::refused(path, Rule::Data { limit })),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn tell(&mut self, done: u64, total: ByteSize) -> Result<(), FormatError> {
+        match (self.watch)(Progress { done: ByteSize::new(done), total }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(FormatError::Cancelled),
+        }
     }
 }
 
-/// Calls `piece` for each piece of `input` that is not known to be zero, in order: where it is and its bytes. Pieces start at multiples
-/// of 2 MiB or of `granule`, which divides that; the last one may be filled up with zeroes to a whole granule.
-pub(super) fn pieces(
-    input: &impl Input,
+/// Calls `put` with each run of granules of `source` that are not all zeroes, in ascending order: where it begins and its bytes, 2 MiB at most.
+/// `granule` divides 2 MiB; the last one may be filled up with zeroes. Reads what [`Source::next_data`] names, and nothing else.
+pub(super) fn copy_data(
+    source: &dyn Source,
     granule: u64,
-    watch: &mut Watch<'_>,
-    mut piece: impl FnMut(u64, &[u8]) -> Result<(), FormatError>,
+    terms: &mut Terms<'_, '_>,
+    mut put: impl FnMut(u64, &[u8]) -> Result<(), FormatError>,
 ) -> Result<(), FormatError> {
-    let source = input.source();
     let total = source.len();
     let mut buf = vec![0; PIECE as usize];
     let mut at = 0;
+    // Where the data that was told of ends.
+    let mut data_end = 0;
     while at < total.get() {
-        let zeroes = input.known_zeroes(ByteOffset::new(at))?.get();
-        let known = (at + zeroes).min(total.get());
-        let skip = if known == total.get() { known } else { known / granule * granule };
-        if skip > at {
-            at = skip;
-        } else {
-            let end = (at / PIECE * PIECE + PIECE).min(total.get());
-            let len = (end - at) as usize;
-            let filled = len.next_multiple_of(granule as usize);
-            source.read(ByteOffset::new(at), &mut buf[..len])?;
-            buf[len..filled].fill(0);
-            piece(at, &buf[..filled])?;
-            at = end;
+        if at >= data_end {
+            let found = source.next_data(ByteOffset::new(at))?;
+            let skip = found.as_ref().map_or(total.get(), |found| (found.start.get() / granule * granule).max(at));
+            data_end = found.map_or(at, |found| found.end.get());
+            if skip > at {
+                at = skip;
+                terms.tell(at, total)?;
+                continue;
+            }
         }
-        if let ControlFlow::Break(()) = watch(Progress { done: ByteSize::new(at), total }) {
-            return Err(FormatError::Cancelled);
+        let end = (at / PIECE * PIECE + PIECE).min(data_end.next_multiple_of(granule)).min(total.get());
+        let len = (end - at) as usize;
+        let filled = len.next_multiple_of(granule as usize);
+        source.read(ByteOffset::new(at), &mut buf[..len])?;
+        buf[len..filled].fill(0);
+        for (from, run) in data_runs(&buf[..filled], granule) {
+            terms.count(run.len() as u64)?;
+            put(at + from, run)?;
         }
+        at = end;
+        terms.tell(at, total)?;
     }
     Ok(())
 }
 
 /// The runs of granules in `bytes` that are not zero: offset and bytes of each.
-pub(super) fn data_runs(bytes: &[u8], granule: u64) -> impl Iterator<Item = (u64, &[u8])> {
+fn data_runs(bytes: &[u8], granule: u64) -> impl Iterator<Item = (u64, &[u8])> {
     let size = granule as usize;
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -84,7 +105,7 @@ impl ImportedImage {
     /// A new space with this image's content and nothing below it: pages of zeroes stay absent. The space is rounded up to a page.
     ///
     /// # Errors
-    /// What reading says, what the backing says, [`FormatError::Cancelled`]. The space is then gone.
+    /// What reading says, what the backing says, [`FormatError::Cancelled`], [`Rule::Data`]. The space is then gone.
     pub fn into_space<B: Backing>(
         &self,
         tree: &Tree,
@@ -94,9 +115,7 @@ impl ImportedImage {
         let page = page_size.bytes().get();
         let geometry = Geometry::new(ByteSize::new(self.len().get().next_multiple_of(page)), page_size);
         let space = B::create(tree, geometry.map_err(crate::error::SpaceError::from)?, None)?;
-        pieces(self, page, watch, |at, bytes| {
-            data_runs(bytes, page).try_for_each(|(from, run)| Ok(space.write(ByteOffset::new(at + from), run)?))
-        })?;
+        copy_data(self, page, &mut Terms::of(self, watch), |at, run| Ok(space.write(ByteOffset::new(at), run)?))?;
         Ok(space)
     }
 
@@ -114,12 +133,9 @@ impl ImportedImage {
             return Err(crate::disk::DiskError::OutOfRange { lba: Lba::ZERO, count, capacity: disk.capacity() }.into());
         }
         let end = sectors * SECTOR_SIZE;
-        pieces(self, GRANULE, watch, |at, bytes| {
-            data_runs(bytes, GRANULE).try_for_each(|(from, run)| {
-                let start = at + from;
-                let run = &run[..run.len().min((end - start) as usize)];
-                Ok(disk.write(Lba::new(start / SECTOR_SIZE), run)?)
-            })
+        copy_data(self, GRANULE, &mut Terms::of(self, watch), |at, run| {
+            let run = &run[..run.len().min((end - at) as usize)];
+            Ok(disk.write(Lba::new(at / SECTOR_SIZE), run)?)
         })?;
         Ok(disk.flush()?)
     }

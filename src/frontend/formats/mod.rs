@@ -48,6 +48,7 @@ mod output;
 mod policy;
 mod qcow2_header;
 mod qcow2_writer;
+mod vmdk_sparse;
 mod vmdk_writer;
 
 pub use error::{FormatError, Rule};
@@ -67,7 +68,7 @@ pub enum Format {
     Raw,
     /// QEMU's format, version 2 or 3.
     Qcow2,
-    /// A VMDK descriptor with flat and zero extents.
+    /// A VMDK: monolithicSparse, or a descriptor with flat and zero extents.
     Vmdk,
 }
 

@@ -18,20 +18,24 @@ pub enum References {
     Files(Vec<PathBuf>),
 }
 
-/// What an import allows. The default: no other file, any size that a space can have.
+/// What an import allows. The default: no other file, any size that a space can have, and any data that fits it. For images of strangers set
+/// [`ImportPolicy::data`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ImportPolicy {
     /// Which files the image may name.
     pub references: References,
     /// The largest virtual size, of the image and of each backing file. Never more than [`Geometry::MAX_LEN`].
     pub virtual_size: ByteSize,
+    /// How much data a copy may find in the image, in the pages, clusters or grains that it writes: zeroes do not count. A small file of
+    /// compressed clusters, or of many entries for one cluster, may stand for a thousand times its size.
+    pub data: ByteSize,
     /// How many files a chain may have in all: the image, backing files, data files, extents.
     pub files: u32,
 }
 
 impl Default for ImportPolicy {
     fn default() -> Self {
-        Self { references: References::None, virtual_size: Geometry::MAX_LEN, files: 64 }
+        Self { references: References::None, virtual_size: Geometry::MAX_LEN, data: Geometry::MAX_LEN, files: 64 }
     }
 }
 

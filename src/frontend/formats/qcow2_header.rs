@@ -22,6 +22,8 @@ const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const DIRTY: u64 = 1;
 const CORRUPT: u64 = 2;
 const EXTERNAL_DATA: u64 = 4;
+pub(super) const OTHER_COMPRESSION: u64 = 8;
+pub(super) const EXTENDED_L2: u64 = 16;
 const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 

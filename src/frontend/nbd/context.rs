@@ -1,7 +1,7 @@
 //! Metadata contexts: what a client can be told of blocks, and how it asks for which.
 //!
 //! Two exist. `base:allocation`: where a block is a hole, and where it reads as zeroes. `qemu:dirty-bitmap:origin`: which blocks were
-//! written since the disk's last fork point; a client that copies those alone makes an incremental backup.
+//! written since the disk's last fork point, or since an older one that the export names; a client that copies those alone makes an incremental backup.
 //! Queries are matched here; what the contexts say of a disk is `status`'s.
 
 /// The context of dirty blocks. The name before the last colon is what other clients look for.

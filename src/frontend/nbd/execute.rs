@@ -45,7 +45,7 @@ fn carry_out(
             // A client that asks for both contexts gets both of one instant only as far as it writes nothing meanwhile.
             let mut left = agreed.terms.contexts.iter().peekable();
             while let Some(context) = left.next() {
-                let runs = status::describe(disk, context, span, extents).map_err(failure)?;
+                let runs = status::describe(&agreed.export, context, span, extents).map_err(failure)?;
                 let last = if left.peek().is_none() { Last::Yes } else { Last::No };
                 out.chunk(cookie, chunk::BLOCK_STATUS, (4 + runs.len() * size_of::<Descriptor>()) as u32, last);
                 out.append(&context.id().to_be_bytes());

@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::RwLock;
 
 use super::gate::{Drained, Gate};
-use crate::disk::{Access, Disk};
-use crate::page::SectorCount;
+use crate::disk::{Access, Disk, DiskError, DiskImage};
+use crate::error::SpaceError;
+use crate::page::{PageRange, PageSet, SectorCount};
 
 /// The name of an export: UTF-8, at most [`ExportName::MAX_LEN`] bytes, no NUL. The empty name is the one that clients ask for who name none.
 ///
@@ -66,12 +67,44 @@ pub struct Export {
     access: Access,
     description: Arc<str>,
     gate: Arc<Gate>,
+    /// Pages that count as dirty whatever the disk says.
+    older: PageSet,
 }
 
 impl Export {
     /// Offers `disk` with the access it has.
     pub fn new(disk: Arc<Disk>) -> Self {
-        Self { access: disk.access(), disk, description: "".into(), gate: Arc::default() }
+        let access = disk.access();
+        Self { access, disk, description: "".into(), gate: Arc::default(), older: PageSet::new() }
+    }
+
+    /// The same, with the dirty bitmap ([`DIRTY_BITMAP`](super::DIRTY_BITMAP)) counting from `image` instead of from the disk's last fork point: the
+    /// pages in which that fork point may differ from `image`, and those written since. What an incremental backup of a running VM needs: who has a
+    /// copy of `image` copies the dirty blocks of a clone of the next fork point. Costs a diff, once.
+    ///
+    /// ```
+    /// use offshoot::{CloneSpec, Tree, Vm, VmName, DiskName, backing::Heap, disk::{Access, Disk}, frontend::nbd::Export, page::*, ram::RamLayout};
+    /// use offshoot::testing::ScriptedGuest;
+    /// # let tree = Tree::default();
+    /// # let disk = Disk::blank(&tree, SectorCount::new(2048), Access::ReadWrite)?;
+    /// # let layout = RamLayout::flat(ByteSize::kib(4), PageSize::KIB_4)?;
+    /// # let vm: Vm<Heap> = Vm::new(&tree, VmName::new("vm")?, layout, vec![(DiskName::new("d"), disk)])?;
+    /// # vm.start()?;
+    /// # let mut guest = ScriptedGuest::running(1);
+    /// let monday = vm.fork(&mut guest)?;
+    /// // … the guest writes, a full backup of `monday` is made …
+    /// let tuesday = vm.fork(&mut guest)?.spawn(CloneSpec::default())?;
+    /// let disk = tuesday.disk("d").expect("there").clone();
+    /// let export = Export::new(disk).read_only().since(monday.disk("d").expect("there"))?;
+    /// # let _ = export;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`SpaceError::Unrelated`] unless both come from one disk.
+    pub fn since(self, image: &DiskImage) -> Result<Self, SpaceError> {
+        let older = self.disk.space().origin().diff(image.image())?;
+        Ok(Self { older, ..self })
     }
 
     /// The same, for reading only, whatever the disk allows.
@@ -113,6 +146,11 @@ impl Export {
 
     pub(super) fn capacity(&self) -> SectorCount {
         self.disk.capacity()
+    }
+
+    /// The dirty pages among those of `range`.
+    pub(super) fn dirty_in(&self, range: PageRange) -> Result<PageSet, DiskError> {
+        Ok(self.disk.dirty_in(range)?.union(&self.older.within(range)))
     }
 
     pub(super) fn gate(&self) -> &Gate {
@@ -198,10 +236,12 @@ impl Exports {
         self.0.closing.load(Ordering::Acquire)
     }
 
-    /// Turns new requests away, for good, and waits for those that are being executed.
+    /// Turns new requests away, for good, and waits for those that are being executed. Disks are let go: whoever still holds the set, such as the
+    /// thread of a client that has just left, keeps none of them.
     pub(super) fn close(&self) {
-        let by_name = self.0.by_name.write();
+        let mut by_name = self.0.by_name.write();
         self.0.closing.store(true, Ordering::Release);
         by_name.values().for_each(|export| export.gate.close());
+        by_name.clear();
     }
 }

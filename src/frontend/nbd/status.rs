@@ -3,6 +3,7 @@
 //! Walks a range in windows, so that neither a lock of the disk is held nor memory is taken by the length of a request.
 
 use super::context::Context;
+use super::export::Export;
 use super::request::{Extents, Span};
 use super::wire::state;
 use crate::backing::{Allocation, Extent};
@@ -23,11 +24,12 @@ pub(super) struct Run<S> {
 
 /// What a context says of `span`, from its start, as far as one reply goes.
 pub(super) fn describe(
-    disk: &Disk,
+    export: &Export,
     context: Context,
     span: Span,
     extents: Extents,
 ) -> Result<Vec<Run<u32>>, DiskError> {
+    let disk = export.disk();
     let most = if extents == Extents::First { 1 } else { MOST };
     match context {
         Context::Allocation => walk(disk, span, most, |window| {
@@ -41,7 +43,7 @@ pub(super) fn describe(
         Context::Dirty => walk(disk, span, most, |window| {
             let mut pieces = Vec::new();
             let mut clean_from = window.start();
-            for dirty in disk.dirty_in(window)?.runs() {
+            for dirty in export.dirty_in(window)?.runs() {
                 pieces.push((PageRange::from_bounds(clean_from, dirty.start()), 0));
                 pieces.push((dirty, state::DIRTY));
                 clean_from = dirty.end();

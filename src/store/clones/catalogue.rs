@@ -13,10 +13,10 @@ use std::sync::Arc;
 use redb::{Database, ReadableTable, StorageBackend, TableDefinition};
 
 use super::error::CloneError;
-use super::record::{CloneName, CloneRecord, LayerRecord};
+use super::record::{CloneName, CloneRecord, LayerRecord, SavedRecord};
 use crate::page::{ByteOffset, ByteSize};
 use crate::store::file;
-use crate::store::id::{DISK, LAYER, LayerId, OVERLAY, PARTIAL};
+use crate::store::id::{DISK, LAYER, LayerId, OVERLAY, PARTIAL, VM};
 use crate::store::medium::{Folder, Medium, Sharing};
 
 pub(super) const FILE: &str = "catalogue.redb";
@@ -27,7 +27,12 @@ const LAYERS: TableDefinition<'_, [u8; 16], &[u8]> = TableDefinition::new("layer
 /// Files that nothing names any more, until they are gone.
 const REMOVALS: TableDefinition<'_, &str, ()> = TableDefinition::new("removals");
 
+/// Saved VMs. Made with the first of them, with its feature.
+const SAVED: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("saved");
+
 const VERSION: u64 = 1;
+/// There are saved VMs: who does not know of them would take their layers for nobody's.
+const FEATURE_SAVED: u64 = 1;
 /// Rows are few and small.
 const CACHE_BYTES: usize = 4 << 20;
 
@@ -50,6 +55,7 @@ pub(super) struct Change {
     /// `None` takes the name out.
     pub(super) clones: Vec<(CloneName, Option<CloneRecord>)>,
     pub(super) layers: Vec<(LayerId, Option<LayerRecord>)>,
+    pub(super) saved: Vec<(CloneName, Option<SavedRecord>)>,
     pub(super) removals: Vec<String>,
 }
 
@@ -91,7 +97,7 @@ impl StorageBackend for Backend {
 
 /// Whether a name is that of a file that this module's formats are kept in.
 fn is_ours(name: &str) -> bool {
-    [OVERLAY, LAYER, DISK].iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|stem| stem.ends_with('.')))
+    [OVERLAY, LAYER, DISK, VM].iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|stem| stem.ends_with('.')))
 }
 
 impl Catalogue {
@@ -160,7 +166,8 @@ impl Catalogue {
             let value = meta.get(key).map_err(failed)?;
             value.map(|value| value.value()).ok_or_else(|| damaged("a word of its schema is missing"))
         };
-        let (version, features) = (word("version")?, word("features")? | word("features-read-only")?);
+        let unknown = (word("features")? & !FEATURE_SAVED) | word("features-read-only")?;
+        let (version, features) = (word("version")?, unknown);
         if version != VERSION || features != 0 {
             let version = u32::try_from(version).unwrap_or(u32::MAX);
             return Err(CloneError::UnknownCatalogue { version, features });
@@ -185,6 +192,23 @@ impl Catalogue {
             let (name, record) = row.map_err(failed)?;
             let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a clone"))?;
             let record = CloneRecord::decode(record.value()).ok_or_else(|| damaged("the row of a clone"))?;
+            rows.insert(name, record);
+        }
+        Ok(rows)
+    }
+
+    /// The rows of saved VMs, by name.
+    pub(super) fn saved(&self) -> Result<BTreeMap<CloneName, SavedRecord>, CloneError> {
+        let read = self.database.begin_read().map_err(failed)?;
+        let table = match read.open_table(SAVED) {
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
+            table => table.map_err(failed)?,
+        };
+        let mut rows = BTreeMap::new();
+        for row in table.iter().map_err(failed)? {
+            let (name, record) = row.map_err(failed)?;
+            let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a saved VM"))?;
+            let record = SavedRecord::decode(record.value()).ok_or_else(|| damaged("the row of a saved VM"))?;
             rows.insert(name, record);
         }
         Ok(rows)
@@ -246,6 +270,17 @@ impl Catalogue {
                     Some(record) => layers.insert(id.bytes(), record.encode().as_slice()).map_err(failed)?,
                     None => layers.remove(id.bytes()).map_err(failed)?,
                 };
+            }
+            if !change.saved.is_empty() {
+                let mut meta = write.open_table(META).map_err(failed)?;
+                meta.insert("features", FEATURE_SAVED).map_err(failed)?;
+                let mut saved = write.open_table(SAVED).map_err(failed)?;
+                for (name, record) in &change.saved {
+                    match record {
+                        Some(record) => saved.insert(name.as_str(), record.encode().as_slice()).map_err(failed)?,
+                        None => saved.remove(name.as_str()).map_err(failed)?,
+                    };
+                }
             }
             let mut removals = write.open_table(REMOVALS).map_err(failed)?;
             for name in &self.done {

@@ -13,7 +13,7 @@ use super::{CloneError, CloneName, CloneStore};
 use crate::error::{SpaceError, StoreError};
 use crate::page::PageSet;
 use crate::store::file;
-use crate::store::id::{DISK, DiskId, LAYER, LayerId, OVERLAY, PARTIAL};
+use crate::store::id::{DISK, DiskId, LAYER, LayerId, OVERLAY, PARTIAL, SavedId, VM};
 use crate::store::job::Job;
 use crate::store::layer::{Body, Layer};
 use crate::store::medium::{Medium, Sharing};
@@ -125,13 +125,16 @@ impl CloneStore {
                 problems.push(Problem::File { error: error.clone() });
             }
         }
+        let saved = self.check_saved(&catalogue, &rows, &mut problems)?;
+        layers.extend(saved.values().flatten());
         let is_missing = |layer: &LayerId| !files_of(*layer).iter().any(|file| names.contains(file));
         let (missing, layers) = layers.into_iter().partition::<BTreeSet<_>, _>(is_missing);
         for layer in missing {
             let needs = walked.iter().filter(|(_, walked)| {
                 walked.chain.layers.contains(&layer) || closure(&rows, walked.record.origin).contains(&layer)
             });
-            let needed_by = needs.map(|(name, _)| name.clone()).collect();
+            let saved = saved.iter().filter(|(_, layers)| layers.contains(&layer));
+            let needed_by = needs.map(|(name, _)| name).chain(saved.map(|(name, _)| name)).cloned().collect();
             problems.push(Problem::Missing { layer, needed_by });
         }
         Ok((problems, layers))
@@ -228,13 +231,15 @@ impl CloneStore {
             let origin = walked.record.origin;
             walked.chain.layers.iter().copied().chain(walked.record.top).chain(origin)
         });
-        for id in closure(&rows, tops) {
+        let saved = catalogue.saved()?;
+        for id in closure(&rows, tops.chain(saved.values().flat_map(|record| record.tops.iter().copied()))) {
             needed.extend(files_of(id));
         }
+        needed.extend(saved.values().map(|record| crate::store::saved::file_name(record.id).to_string()));
         needed.extend(walked.values().map(|walked| crate::store::head::file_name(walked.record.disk).to_string()));
         // Asked after the directory was listed: what was there by then has been told of, or has its row.
-        for id in self.0.dir.in_the_making().iter() {
-            needed.extend(files_of(*id).into_iter().flat_map(|file| [format!("{file}.{PARTIAL}"), file]));
+        for file in self.0.dir.in_the_making().iter() {
+            needed.extend([format!("{file}.{PARTIAL}"), file.clone()]);
         }
         Ok(names.into_iter().filter(|name| !needed.contains(name) && is_one_of_ours(name)).collect())
     }
@@ -247,6 +252,7 @@ fn is_one_of_ours(name: &str) -> bool {
     match suffix {
         LAYER | OVERLAY => LayerId::parse(stem).is_some(),
         DISK => DiskId::parse(stem).is_some(),
+        VM => SavedId::parse(stem).is_some(),
         _ => false,
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::catalogue::Catalogue;
 use super::layers::{Chain, chain};
-use super::record::{CloneRecord, Kind, LayerRecord};
+use super::record::{CloneRecord, Kind, LayerRecord, SavedRecord};
 use super::{CloneError, CloneName, CloneStore};
 use crate::error::StoreError;
 use crate::page::{ByteSize, PageSet, PageSize};
@@ -135,14 +135,17 @@ impl CloneStore {
     pub fn space(&self) -> Result<BTreeMap<CloneName, SpaceUsed>, CloneError> {
         let catalogue = self.0.catalogue.lock();
         let (walked, rows, _) = self.walk(&catalogue)?;
+        let saved = catalogue.saved()?;
         // What a reset goes back to counts as well.
-        let needed: BTreeMap<&CloneName, BTreeSet<LayerId>> = walked
+        let mut needed: BTreeMap<&CloneName, BTreeSet<LayerId>> = walked
             .iter()
             .map(|(name, walked)| {
                 let origin = super::closure(&rows, walked.record.origin);
                 (name, walked.chain.layers.iter().copied().chain(origin).collect())
             })
             .collect();
+        let of_saved = |record: &SavedRecord| super::closure(&rows, record.tops.iter().copied());
+        needed.extend(saved.iter().map(|(name, record)| (name, of_saved(record))));
         let mut users: BTreeMap<LayerId, usize> = BTreeMap::new();
         needed.values().flatten().for_each(|id| *users.entry(*id).or_default() += 1);
         let mut sizes = BTreeMap::new();
@@ -159,6 +162,12 @@ impl CloneStore {
             for (id, size) in layers.iter().filter_map(|id| Some((id, *sizes.get(id)?))) {
                 let kind = if users[id] == 1 { &mut space.exclusive } else { &mut space.shared };
                 *kind = ByteSize::new(kind.get() + size.get());
+            }
+            if let Some(record) = saved.get(*name) {
+                let file = self.manifest_size(record)?;
+                space.exclusive = ByteSize::new(space.exclusive.get() + file.get());
+                used.insert((*name).clone(), space);
+                continue;
             }
             let walked = &walked[*name];
             if let Ok(Some(head)) = &walked.head {

@@ -16,16 +16,20 @@ mod catalogue;
 mod check;
 mod create;
 mod error;
+mod gather;
 mod layers;
 mod list;
 mod open;
 mod record;
 mod rewrite;
+mod saved;
 
 pub use check::{Problem, Repaired};
 pub use error::CloneError;
 pub use list::{CloneInfo, Health, SpaceUsed};
 pub use record::{CloneName, Kind};
+pub use saved::SavedInfo;
+pub(crate) use saved::{NewSaved, StoreTag, data_pages};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -228,9 +232,9 @@ impl CloneStore {
     }
 
     fn check_free(&self, catalogue: &Catalogue, name: &CloneName) -> Result<(), CloneError> {
-        match catalogue.clone(name)? {
-            None => Ok(()),
-            Some(_) => Err(CloneError::Exists { name: name.clone() }),
+        match catalogue.clone(name)?.is_none() && !catalogue.saved()?.contains_key(name) {
+            true => Ok(()),
+            false => Err(CloneError::Exists { name: name.clone() }),
         }
     }
 
@@ -336,8 +340,10 @@ impl CloneStore {
             };
         }
         rows.extend(change.layers.iter().filter_map(|(id, record)| Some((*id, (*record)?))));
+        let mut saved = catalogue.saved()?;
+        change.saved.iter().filter(|(_, record)| record.is_none()).for_each(|(name, _)| drop(saved.remove(name)));
         let named = clones.values().flat_map(|record| [record.top, record.origin]).flatten();
-        let mut reached = closure(&rows, named);
+        let mut reached = closure(&rows, named.chain(saved.into_values().flat_map(|record| record.tops)));
         let names = self.names()?;
         // Held before heads are asked: what nobody has open is named by now, or never will be. What somebody reads waits for the next time.
         let candidates: Vec<LayerId> = rows.keys().filter(|id| !reached.contains(id)).copied().collect();
@@ -412,7 +418,7 @@ impl CloneStore {
     fn name_layer(&self, catalogue: &mut Catalogue, name: &CloneName, new: CloneRecord) -> Result<(), CloneError> {
         self.check_free(catalogue, name)?;
         let layers = rows_for(self.folder(), catalogue, new.top)?;
-        let change = Change { clones: vec![(name.clone(), Some(new))], layers, removals: Vec::new() };
+        let change = Change { clones: vec![(name.clone(), Some(new))], layers, ..Change::default() };
         self.apply(catalogue, change, Sweep::No)
     }
 }

@@ -132,7 +132,7 @@ impl CloneStore {
                 layers.push((id, row));
             }
         }
-        let change = Change { clones: vec![(name.clone(), Some(record))], layers, removals: Vec::new() };
+        let change = Change { clones: vec![(name.clone(), Some(record))], layers, ..Change::default() };
         self.apply(&mut catalogue, change, Sweep::Yes)
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 
 use super::error::CloneError;
 use crate::page::{ByteSize, Geometry, PageCount, PageSize};
-use crate::store::id::{DiskId, LayerId};
+use crate::store::id::{DiskId, LayerId, SavedId};
 use crate::store::overlay::Shape;
 
 /// A clone's or an image's name: 1 to 255 bytes, no control characters. It is never a part of a path.
@@ -86,8 +86,19 @@ pub(crate) struct LayerRecord {
     pub(super) content: Option<[u8; 16]>,
 }
 
+/// A row of the table of saved VMs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct SavedRecord {
+    /// Its manifest.
+    pub(super) id: SavedId,
+    /// What the manifest names, said again: a manifest that is lost must not take its layers along.
+    pub(super) tops: Vec<LayerId>,
+}
+
 const CLONE_LEN: usize = 1 + 4 * 16 + 2 * 8;
 const LAYER_LEN: usize = 2 * 16 + 8;
+/// Layers that a saved VM lies on: of RAM and of every disk that a VM may have.
+const MOST_TOPS: usize = 257;
 /// Nothing has this id: random ones have version bits.
 const NONE: [u8; 16] = [0; 16];
 
@@ -174,6 +185,22 @@ impl LayerRecord {
     }
 }
 
+impl SavedRecord {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        self.id.bytes().into_iter().chain(self.tops.iter().flat_map(|top| top.bytes())).collect()
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (ids, rest) = bytes.as_chunks::<16>();
+        let (id, tops) = ids.split_first()?;
+        let whole = rest.is_empty() && *id != NONE && tops.len() <= MOST_TOPS && !tops.contains(&NONE);
+        whole.then(|| Self {
+            id: SavedId::from_bytes(*id),
+            tops: tops.iter().map(|top| LayerId::from_bytes(*top)).collect(),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,6 +231,13 @@ mod tests {
         assert_eq!(CloneRecord::decode(&kind), None);
         assert_eq!(CloneRecord::decode(&CloneRecord { pages: u64::MAX, ..record }.encode()), None);
         assert_eq!(CloneRecord::decode(&CloneRecord { pages: 0, origin_pages: 0, ..record }.encode()), None);
+        let saved = SavedRecord { id: SavedId::from_bytes([5; 16]), tops: vec![LayerId::from_bytes([6; 16])] };
+        assert_eq!(SavedRecord::decode(&saved.encode()), Some(saved.clone()));
+        for bad in
+            [vec![], vec![5; 15], vec![5; 17], vec![0; 16], [vec![5; 16], vec![0; 16]].concat(), vec![5; 259 * 16]]
+        {
+            assert_eq!(SavedRecord::decode(&bad), None, "{} bytes", bad.len());
+        }
         // It would have shrunk.
         assert_eq!(CloneRecord::decode(&CloneRecord { origin_pages: 10, ..record }.encode()), None);
     }

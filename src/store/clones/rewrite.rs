@@ -32,7 +32,7 @@ struct Replaced {
 }
 
 impl CloneStore {
-    /// Deletes an image or a clone, in any order; layers that nothing else needs go with it, or later, where somebody reads them. Works for a
+    /// Deletes an image, a clone or a saved VM, in any order; layers that nothing else needs go with it, or later, where somebody reads them. Works for a
     /// degraded
     /// one. Costs by the names and layers in the store.
     ///
@@ -40,6 +40,9 @@ impl CloneStore {
     /// [`CloneError::Unknown`], [`CloneError::Open`], [`CloneError::Catalogue`].
     pub fn delete(&self, name: &CloneName) -> Result<(), CloneError> {
         let mut catalogue = self.0.catalogue.lock();
+        if let Some(saved) = catalogue.saved()?.remove(name) {
+            return self.delete_saved(&mut catalogue, name, &saved);
+        }
         let mut change = Change { clones: vec![(name.clone(), None)], ..Change::default() };
         match self.hold(&catalogue, name, Hold::Briefly) {
             // Where a layer is missing that no row names, those below it are found by a repair.
@@ -307,7 +310,7 @@ impl CloneStore {
                 layers.push((id, row));
             }
         }
-        let change = Change { clones: vec![(held.name.clone(), Some(record))], layers, removals: Vec::new() };
+        let change = Change { clones: vec![(held.name.clone(), Some(record))], layers, ..Change::default() };
         if let Some(made) = &mut made {
             made.keep();
         }

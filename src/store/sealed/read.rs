@@ -62,7 +62,7 @@ impl SealedFile {
             let mut bytes = [0; BLOCK];
             file.read(at, &mut bytes)?;
             let record = Record::parse(&bytes, magic).ok_or_else(|| file.damaged(what, at))?;
-            record.check_known(&file, Purpose::Read)?;
+            record.check_known(file.name(), Purpose::Read)?;
             if record.id() != id.bytes() {
                 return Err(file.damaged("it is another layer than its name says", at + 48));
             }

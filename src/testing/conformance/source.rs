@@ -30,6 +30,7 @@ pub fn source(source: &dyn Source, content: &[u8]) {
             );
         }
     }
+    check_next_data(source, content);
     std::thread::scope(|scope| {
         for thread in 0..4 {
             scope.spawn(move || {
@@ -40,6 +41,40 @@ pub fn source(source: &dyn Source, content: &[u8]) {
             });
         }
     });
+}
+
+/// What an image says of its zeroes is so: from the start, and from within what it said.
+fn check_next_data(source: &dyn Source, content: &[u8]) {
+    const RULE: &str = "next data of an image";
+    let len = content.len() as u64;
+    let zeroes = |from: u64, to: u64| {
+        if content[from as usize..to as usize].iter().any(|byte| *byte != 0) {
+            broken(RULE, format_args!("there is data between {from:#x} and {to:#x}, and it says that there is none"));
+        }
+    };
+    let next = |at: u64| -> u64 {
+        match ok(RULE, source.next_data(ByteOffset::new(at))) {
+            None => {
+                zeroes(at.min(len), len);
+                len
+            }
+            Some(found) => {
+                let (start, end) = (found.start.get(), found.end.get());
+                if start < at || start >= end || end > len {
+                    broken(RULE, format_args!("{start:#x} to {end:#x} is no range of it at or after {at:#x}"));
+                }
+                zeroes(at, start);
+                end
+            }
+        }
+    };
+    let mut at = 0;
+    while at < len {
+        at = next(at);
+    }
+    for at in [1, 511, 4095, 4097, len / 3, len / 2 + 1, len.saturating_sub(1), len, len + 1, u64::MAX - 8191] {
+        next(at);
+    }
 }
 
 fn check(source: &dyn Source, content: &[u8], at: u64, len: u64) {
