@@ -20,10 +20,14 @@ mod figures {
     pub mod bare;
     #[cfg(target_os = "linux")]
     pub mod checks;
+    #[cfg(all(feature = "store", unix))]
+    pub mod clones;
     pub mod disk;
     pub mod heap;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod kvm;
+    #[cfg(unix)]
+    pub mod layers;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod live;
     #[cfg(target_os = "linux")]
@@ -33,6 +37,8 @@ mod figures {
     #[cfg(all(feature = "nbd", unix))]
     pub mod nbd;
     pub mod options;
+    #[cfg(unix)]
+    pub mod place;
     #[cfg(target_os = "linux")]
     pub mod prefault;
     #[cfg(target_os = "linux")]
@@ -49,10 +55,14 @@ mod figures {
     pub mod soak;
     pub mod spawn;
     #[cfg(unix)]
+    pub mod stacks;
+    #[cfg(unix)]
     pub mod store;
     pub mod subject;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod tiny_guest;
+    #[cfg(unix)]
+    pub mod tools;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod toucher;
     pub mod tree;
@@ -97,6 +107,18 @@ macro_rules! unix {
 macro_rules! unix {
     ($($path:tt)*) => {
         |_, _| Err(figures::report::Skip::new("durable disks are for Unix only"))
+    };
+}
+
+/// A figure of the store of clones: skipped, aloud, where there is none.
+#[cfg(all(feature = "store", unix))]
+macro_rules! clones {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "store", unix)))]
+macro_rules! clones {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("the clone store is a feature, and Unix only"))
     };
 }
 
@@ -150,7 +172,10 @@ const FIGURES: &[Figure] = &[
     Figure { name: "heap-read", what: "heap face: random 8-byte reads", run: figures::heap::read },
     Figure { name: "disk", what: "disk face: random 4 KiB requests in one process", run: figures::disk::requests },
     Figure { name: "durable", what: "durable disks: random 4 KiB requests", run: unix!(store::requests) },
-    Figure { name: "durable-clone", what: "durable disks: a clone, and verifying a layer", run: unix!(store::clones) },
+    Figure { name: "durable-depth", what: "durable disks: reads through 64 layers", run: unix!(stacks::depth) },
+    Figure { name: "durable-clone", what: "durable disks: a clone of 64 GiB", run: clones!(clones::clones) },
+    Figure { name: "durable-layer", what: "durable disks: verifying and sealing a layer", run: unix!(layers::layers) },
+    Figure { name: "durable-open", what: "durable disks: opening one, and its memory", run: unix!(layers::open) },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },

@@ -9,22 +9,11 @@ use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, 
 use offshoot::backing::{Backing, Cut, Heap, Sealed};
 use offshoot::page::{ByteOffset, ByteSize, Geometry, PageIndex, PageSize};
 use offshoot::ram::RamLayout;
-use offshoot::{BoxError, CloneSpec, DeviceState, ForkPoint, Guest, Limits, Tree, Vm, VmName};
+use offshoot::{AtRest, CloneSpec, DeviceState, ForkPoint, Limits, Tree, Vm, VmName};
 
-struct Idle;
-
-impl Guest for Idle {
-    fn pause(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-
-    fn save(&mut self) -> Result<DeviceState, BoxError> {
-        Ok(DeviceState::from_bytes(vec![]))
-    }
-
-    fn resume(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
+/// A guest with nothing to stop and nothing to save.
+fn idle() -> AtRest {
+    AtRest(DeviceState::from_bytes([]))
 }
 
 fn at(page: u64) -> ByteOffset {
@@ -58,7 +47,7 @@ fn point<B: Backing>(mib: u64) -> ForkPoint<B> {
         vm.ram().space().write(at(page), &[page as u8 | 1; 4096]).expect("memory for a page");
     }
     vm.start().expect("a VM that was off");
-    vm.fork(&mut Idle).expect("a running VM")
+    vm.fork(&mut idle()).expect("a running VM")
 }
 
 fn clone_of<B: Backing>(point: &ForkPoint<B>) -> Vm<B> {
@@ -101,7 +90,7 @@ fn spawn_on<B: Backing>(c: &mut Criterion, backing: &str) {
         let clone = clone_of(&tip);
         clone.ram().space().write(at(depth), &[2; 8]).expect("a page");
         clone.start().expect("a paused clone");
-        tip = clone.fork(&mut Idle).expect("a running clone");
+        tip = clone.fork(&mut idle()).expect("a running clone");
     }
     group.finish();
 }

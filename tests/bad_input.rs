@@ -463,7 +463,7 @@ mod used_up {
             .parse()
             .expect("a number");
         if limit > 300_000 {
-            offshoot_skip("vm.max_map_count is so large here that filling it takes too long");
+            offshoot::testing::skip("vm.max_map_count is so large here that filling it takes too long");
             return;
         }
         let (tree, vm, mut guest) = running::<Mapped>(unchecked());
@@ -510,11 +510,6 @@ mod used_up {
         fn spawn_raw(&self) -> Result<Mapped, SpaceError> {
             offshoot::backing::Sealed::spawn(self)
         }
-    }
-
-    fn offshoot_skip(why: &str) {
-        eprintln!("SKIPPED: {why}");
-        assert!(std::env::var("OFFSHOOT_REQUIRE").as_deref() != Ok("all"), "required, and skipped: {why}");
     }
 
     #[test]

@@ -106,7 +106,8 @@ fn check_cuts(
     };
     for tearing in [Tearing::Sectors, Tearing::Pages] {
         if stride == 1 {
-            log.all_states(steps[0].from, tearing, seed, most).try_for_each(|(at, state)| check(at, tearing, &state))?;
+            log.all_states(steps[0].from, tearing, seed, most)
+                .try_for_each(|(at, state)| check(at, tearing, &state))?;
             continue;
         }
         for position in (steps[0].from..=log.len()).step_by(stride) {

@@ -12,7 +12,8 @@ use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, PageCount, PageIndex, PageRange};
 use offshoot::store::{
-    Cancel, CloneError, CloneName, CloneStore, DiskDir, Durable, DurableImage, Health, Job, Problem, Progress, StoreOptions,
+    Cancel, CloneError, CloneName, CloneStore, DiskDir, Durable, DurableImage, Health, Job, Problem, Progress,
+    StoreOptions,
 };
 use offshoot::testing::crash::{Fault, Recorder, Tearing};
 use offshoot::testing::{ByteSource, Dice};
@@ -170,7 +171,8 @@ fn what_is_cancelled_has_changed_nothing() {
     let (web, disk) = deep(&store);
     let before = read_disk(&disk);
     let files = || {
-        let mut names: Vec<_> = ["layer", "overlay", "disk", "partial"].iter().flat_map(|suffix| temp.files(suffix)).collect();
+        let mut names: Vec<_> =
+            ["layer", "overlay", "disk", "partial"].iter().flat_map(|suffix| temp.files(suffix)).collect();
         names.sort();
         names
     };
@@ -543,7 +545,10 @@ fn under_fault(recorder: &Recorder, n: u64, how: Fault) -> (u64, u64) {
         failed(done.is_ok());
         let (found, written) = (read_disk(&disk), written.lock().unwrap());
         let acknowledged = acknowledged.lock().unwrap();
-        assert!((0..found.len()).all(|at| found[at] == written[at] || found[at] == acknowledged[at]), "{how:?} at call {n}");
+        assert!(
+            (0..found.len()).all(|at| found[at] == written[at] || found[at] == acknowledged[at]),
+            "{how:?} at call {n}"
+        );
         disk.validate().unwrap_or_else(|wrong| panic!("{how:?} at call {n}: {wrong}"));
     };
     same(&|| store.merge_open(&disk, &job));
@@ -560,7 +565,8 @@ fn under_fault(recorder: &Recorder, n: u64, how: Fault) -> (u64, u64) {
     states.push(log.all_done());
     let (acknowledged, written) = (acknowledged.into_inner().unwrap(), written.into_inner().unwrap());
     for state in states {
-        let store = CloneStore::over(state.folder(), StoreOptions::default()).unwrap_or_else(|error| panic!("{how:?} at call {n}: {error}"));
+        let store = CloneStore::over(state.folder(), StoreOptions::default())
+            .unwrap_or_else(|error| panic!("{how:?} at call {n}: {error}"));
         let disk = store.open_disk(&web).unwrap_or_else(|error| panic!("{how:?} at call {n}: {error}"));
         let found = read_disk(&disk);
         for at in (0..found.len()).step_by(512) {

@@ -16,7 +16,7 @@ use offshoot::backing::Backing;
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, GuestAddress};
 use offshoot::testing::{Dice, ScriptedGuest};
-use offshoot::{BoxError, CloneSpec, DeviceState, ForkError, ForkPoint, Guest, Limits, Vm};
+use offshoot::{AtRest, CloneSpec, DeviceState, ForkError, ForkPoint, Limits, Vm};
 use soak::{
     Found, PLACES, Stamp, Stopping, Subject, Typed, Wrong, check_at_rest, get as get_words, put as put_words, soak,
 };
@@ -88,23 +88,6 @@ fn writers_of_different_words<B: Backing>() {
     }
 }
 
-/// A guest whose pause stops nobody.
-struct Unstoppable;
-
-impl Guest for Unstoppable {
-    fn pause(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-
-    fn save(&mut self) -> Result<DeviceState, BoxError> {
-        Ok(DeviceState::from_bytes(vec![]))
-    }
-
-    fn resume(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-}
-
 /// The embedder breaks its word, and writers run on through the cut. The cut locks the space, so each single write still lands
 /// wholly before it or wholly after: fork points never change, siblings see nothing, and no write is lost.
 fn writers_that_do_not_stop<B: Backing>() {
@@ -128,7 +111,8 @@ fn writers_that_do_not_stop<B: Backing>() {
             });
         }
         while done.load(Ordering::SeqCst) < THREADS && points.len() < 200 {
-            let point = vm.fork(&mut Unstoppable).expect("it runs");
+            // Its pause stops nobody.
+            let point = vm.fork(&mut AtRest(DeviceState::from_bytes([]))).expect("it runs");
             let seen: Vec<u64> = words(point.ram());
             points.push((point, seen));
         }

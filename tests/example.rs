@@ -84,9 +84,7 @@ fn kvm_works() -> bool {
         !cfg!(all(target_os = "linux", target_arch = "x86_64")) || error.contains("KVM does not work here"),
         "{error}"
     );
-    let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-    assert!(!required, "OFFSHOOT_REQUIRE=all, but the example runs in the simulator: {error}");
-    eprintln!("SKIPPED: {error}");
+    offshoot::testing::skip(format!("the example runs in the simulator: {error}"));
     false
 }
 

@@ -4,21 +4,22 @@
 //! Nothing here waits for time to pass: writers stop at a gate, and a fork's rounds need no help to find what they wrote.
 #![cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 
+mod common;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use common::lives::{Model, bytes, flat_vm, rest};
 use offshoot::backing::Mapped;
 use offshoot::disk::{Access, Disk};
-use offshoot::page::{
-    ByteOffset, ByteSize, Gfn, GuestAddress, Lba, PageCount, PageIndex, PageRange, PageSize, SectorCount,
-};
+use offshoot::page::{ByteSize, GuestAddress, Lba, PageCount, PageSize, SectorCount};
 use offshoot::ram::{Ram, RamLayout};
-use offshoot::testing::{Dice, Flat};
+use offshoot::testing::Dice;
 use offshoot::{
-    AtRest, BoxError, CloneSpec, DeviceState, DiskName, ForkError, Guest, Limits, LivePolicy, OnExceeded, PrecopyEnd,
-    Tree, Vm, VmName, VmStatus,
+    BoxError, CloneSpec, DeviceState, DiskName, ForkError, Guest, LivePolicy, OnExceeded, PrecopyEnd, Tree, Vm, VmName,
+    VmStatus,
 };
 
 const PAGE: u64 = 4096;
@@ -27,22 +28,8 @@ fn at(page: u64) -> GuestAddress {
     GuestAddress::new(page * PAGE)
 }
 
-fn rest() -> AtRest {
-    AtRest(DeviceState::from_bytes(vec![]))
-}
-
-fn ram_vm(pages: u64, page_size: PageSize) -> Vm<Mapped> {
-    let tree = Tree::new(Limits { mappings_per_vm: 30_000, ..Limits::default() });
-    let layout = RamLayout::flat(ByteSize::new(pages * PAGE), page_size).unwrap();
-    let vm: Vm<Mapped> = Vm::new(&tree, VmName::new("vm").unwrap(), layout, vec![]).unwrap();
-    vm.start().unwrap();
-    vm
-}
-
-fn bytes(vm: &Vm<Mapped>) -> Vec<u8> {
-    let mut bytes = vec![0; vm.ram().layout().geometry().len().get() as usize];
-    vm.ram().read(GuestAddress::ZERO, &mut bytes).unwrap();
-    bytes
+fn ram_vm(pages: u64) -> Vm<Mapped> {
+    flat_vm(ByteSize::new(pages * PAGE), PageSize::KIB_4)
 }
 
 /// A guest whose every step does what a test says.
@@ -115,7 +102,7 @@ fn the_fork_point_is_the_instant_of_the_pause_in_ram_and_on_disks() {
 
 #[test]
 fn an_embedders_failure_undoes_the_fork() {
-    let vm = ram_vm(256, PageSize::KIB_4);
+    let vm = ram_vm(256);
     let policy = LivePolicy::default();
     (0..100).for_each(|page| vm.ram().store(at(page), 1u64).unwrap());
     vm.fork(&mut rest()).unwrap();
@@ -265,7 +252,7 @@ fn check(clone: &Vm<Mapped>, turns: &[u64]) -> u64 {
 
 #[test]
 fn writers_run_through_every_fork_and_no_page_is_torn_or_foreign() {
-    let vm = ram_vm(PAGES, PageSize::KIB_4);
+    let vm = ram_vm(PAGES);
     let gate = Gate::default();
     let turns: [AtomicU64; WRITERS as usize] = Default::default();
     let now = || turns.each_ref().map(|turn| turn.load(Ordering::Relaxed));
@@ -316,85 +303,59 @@ fn writers_run_through_every_fork_and_no_page_is_torn_or_foreign() {
 #[test]
 fn random_lives_agree_with_a_model() {
     for (seed, size) in [(1, 4), (2, 4), (3, 4), (4, 16), (5, 16)] {
-        let size = PageSize::new(ByteSize::kib(size)).unwrap();
-        let vm = ram_vm(128, size);
+        let vm = flat_vm(ByteSize::kib(512), PageSize::new(ByteSize::kib(size)).unwrap());
         life(vm, &mut Dice::new(seed), 2);
     }
 }
 
 fn life(vm: Vm<Mapped>, dice: &mut Dice, generations: u32) {
-    let geometry = vm.ram().layout().geometry();
-    let mut model = Flat::new(geometry, &bytes(&vm));
-    let mut origin = vm.origin().map(|_| model.clone());
-    let scribble = |model: &mut Flat, dice: &mut Dice| {
-        for _ in 0..dice.below(40) {
-            let len = 1 + dice.below(6000);
-            let at = dice.below(geometry.len().get() - len);
-            let data = if dice.below(4) == 0 { vec![0; len as usize] } else { dice.bytes(len) };
-            vm.ram().write(GuestAddress::new(at), &data).unwrap();
-            model.write(ByteOffset::new(at), &data);
-        }
-        if dice.below(2) == 0 {
-            let first = dice.below(geometry.pages().get() - 4);
-            let range = PageRange::new(PageIndex::new(first), PageCount::new(1 + dice.below(4))).unwrap();
-            vm.ram().discard(Gfn::new(first), range.count()).unwrap();
-            model.zero(range);
-        }
-    };
+    let mut model = Model::of(&vm);
     for step in 0..25 {
-        scribble(&mut model, dice);
+        model.scribble(&vm, dice);
         match dice.below(8) {
             0 => {
                 let point = vm.fork(&mut rest()).unwrap();
-                assert_eq!(model.first_difference(&bytes(&point.spawn(CloneSpec::default()).unwrap())), None);
-                origin = Some(model.clone());
+                let clone = point.spawn(CloneSpec::default()).unwrap();
+                assert_eq!(model.forked().first_difference(&bytes(&clone)), None);
             }
-            1 if origin.is_some() => {
-                vm.reset(&mut rest()).unwrap();
-                model = origin.clone().unwrap();
-            }
+            1 if model.has_origin() => model.reset(&vm),
             2 => {
                 let policy =
                     LivePolicy { max_pause: Duration::ZERO, on_exceeded: OnExceeded::GiveUp, ..Default::default() };
                 let refused = vm.fork_live(&mut rest(), &policy);
-                match origin {
-                    Some(_) => assert!(matches!(refused, Err(ForkError::PauseTooLong { .. }))),
-                    None => origin = Some(model.clone()),
+                if model.has_origin() {
+                    assert!(matches!(refused, Err(ForkError::PauseTooLong { .. })));
+                } else {
+                    model.forked();
                 }
             }
             _ => {
                 let policy = LivePolicy { max_rounds: dice.below(3) as u32, ..Default::default() };
                 let point = {
                     let mut pause = || {
-                        scribble(&mut model, dice);
+                        model.scribble(&vm, dice);
                         Ok(())
                     };
                     let mut guest = Scripted { pause: &mut pause, save: &mut || Ok(()), resume: &mut || Ok(()) };
                     vm.fork_live(&mut guest, &policy).unwrap()
                 };
-                origin = Some(model.clone());
                 let clone = point.spawn(CloneSpec::default()).unwrap();
-                assert_eq!(model.first_difference(&bytes(&clone)), None, "step {step}");
+                assert_eq!(model.forked().first_difference(&bytes(&clone)), None, "step {step}");
                 if generations > 0 && dice.below(4) == 0 {
                     clone.start().unwrap();
                     life(clone, dice, generations - 1);
                 }
             }
         }
-        assert_eq!(model.first_difference(&bytes(&vm)), None, "step {step}");
-        vm.validate().unwrap();
-        if let Some(origin) = &origin {
-            // Everything that differs from the origin is named dirty.
-            let (dirty, changed) = (vm.dirty().unwrap().ram, model.changed(origin));
-            assert!(changed.difference(&dirty).is_empty(), "step {step}");
-        }
+        model.check(&vm, format_args!("step {step}"));
     }
 }
 
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 mod kvm {
     use super::*;
-    use offshoot::frontend::kvm::{Devices, KvmHost, VmBuilder};
+    use common::machine::{kvm_host, machine, start_in_real_mode};
+    use offshoot::frontend::kvm::Devices;
 
     /// Real mode: counts in bx, stores the count in two pages and sends its low byte.
     const COUNTING: &[u8] = &[
@@ -409,25 +370,12 @@ mod kvm {
     /// A vCPU writes through a slot over the range, in kernel mode as far as userfaultfd is concerned, while live forks protect it.
     #[test]
     fn a_vcpus_writes_are_seen_through_every_round() {
-        let host = match KvmHost::open() {
-            Ok(host) => host,
-            Err(error) => {
-                assert!(!std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all"), "{error}");
-                eprintln!("SKIPPED: {error}");
-                return;
-            }
-        };
-        let vm = ram_vm(512, PageSize::KIB_4);
+        let Some(host) = kvm_host() else { return };
+        let vm = ram_vm(512);
         vm.ram().write(GuestAddress::new(0x1000), COUNTING).unwrap();
-        let machine = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap();
-        let mut machine = machine.devices(Devices::NONE).unwrap().vcpus(1).unwrap();
+        let mut machine = machine(&host, vm.ram(), Devices::NONE);
         let vcpu = &mut machine.vcpus_mut()[0];
-        let mut sregs = vcpu.get_sregs().unwrap();
-        (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        vcpu.set_sregs(&sregs).unwrap();
-        let mut regs = vcpu.get_regs().unwrap();
-        (regs.rip, regs.rflags, regs.rbx) = (0x1000, 2, 0);
-        vcpu.set_regs(&regs).unwrap();
+        start_in_real_mode(vcpu, 0x1000);
 
         let gate = Gate::default();
         gate.state.lock().unwrap().running = 1;

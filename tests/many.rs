@@ -3,6 +3,8 @@
 //! How much they hold and how long they take is in the figures `many`, `many-kvm` and `memory-kvm`.
 #![cfg(target_os = "linux")]
 
+mod common;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use offshoot::backing::Mapped;
@@ -109,12 +111,12 @@ fn ten_thousand_clones_write_side_by_side() {
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 mod machines {
     use super::*;
+    use crate::common::machine::{kvm_host, machine, start_in_real_mode};
     use std::sync::Arc;
 
-    use kvm_bindings::kvm_regs;
     use kvm_ioctls::{VcpuExit, VcpuFd};
     use offshoot::frontend::kvm::{
-        Devices, KvmHost, MachinePlan, SecondLevel, VcpuIndex, VmBuilder, prefault_second_level,
+        Devices, MachinePlan, SecondLevel, VcpuCount, VcpuIndex, VmBuilder, prefault_second_level,
     };
     use offshoot::page::{PageIndex, PageSet};
     use offshoot::{Admission, AtRest, DeviceState, Prefault};
@@ -140,29 +142,15 @@ mod machines {
     fn hundreds_of_machines_run_side_by_side() {
         const MACHINES: u64 = 200;
         let _alone = alone();
-        let host = match KvmHost::open() {
-            Ok(host) => host,
-            Err(error) => {
-                let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-                assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-                eprintln!("SKIPPED: {error}");
-                return;
-            }
-        };
+        let Some(host) = kvm_host() else { return };
         let admission = Admission { descriptors_per_clone: 2, mappings_per_clone: 1, ..Admission::default() };
         let tree = Tree::new(Limits { admission, ..Limits::default() });
         let layout = RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4).unwrap();
         let vm: Vm<Mapped> = Vm::new(&tree, VmName::new("counting").unwrap(), layout.clone(), vec![]).unwrap();
         vm.ram().write(GuestAddress::new(CODE), COUNTING).unwrap();
         vm.ram().store(GuestAddress::new(0x8000), 1000_u32).unwrap();
-        let built = VmBuilder::new(&host).unwrap().engine_ram(vm.ram()).unwrap().devices(Devices::NONE).unwrap();
-        let mut machine = built.vcpus(1).unwrap();
-        let vcpu = &machine.vcpus()[0];
-        vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
-        let mut sregs = vcpu.get_sregs().unwrap();
-        (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        vcpu.set_sregs(&sregs).unwrap();
-        vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).unwrap();
+        let mut machine = machine(&host, vm.ram(), Devices::NONE);
+        start_in_real_mode(&machine.vcpus()[0], CODE);
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE).unwrap();
         let state = Arc::new(machine.capture(&plan).unwrap());
         drop(machine);
@@ -174,7 +162,7 @@ mod machines {
         let spawn = |spec: CloneSpec| {
             let clone = point.spawn(spec).unwrap();
             let built = VmBuilder::new(&host).unwrap().engine_ram(clone.ram()).unwrap().devices(Devices::NONE).unwrap();
-            let mut machine = built.vcpus(1).unwrap();
+            let mut machine = built.vcpus(VcpuCount::ONE).unwrap();
             machine.restore(&host, &state).unwrap();
             (machine, clone)
         };

@@ -5,20 +5,23 @@
 //! Where `/dev/kvm` is missing the tests say so and pass, unless OFFSHOOT_REQUIRE=all is set: then they fail.
 #![cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use common::machine::{kvm_host, machine};
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_HALTED, Msrs, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::Mapped;
 use offshoot::disk::{Access, Disk};
 use offshoot::frontend::kvm::{
     Devices, DirtyLog, Irqchips, KvmCall, KvmError, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part,
-    Target, VcpuIndex, VmBuilder, finish_exit,
+    Target, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, Lba, PageCount, PageIndex, PageSet, PageSize, SectorCount};
 use offshoot::ram::{RamLayout, RamRegion};
@@ -47,19 +50,6 @@ const PAGE: u64 = 4096;
 const HIGH: u64 = 64 << 20;
 const HIGH_PAGE: u64 = 512;
 const REGIONS: [(u64, ByteSize); 2] = [(0, ByteSize::mib(2)), (HIGH, ByteSize::mib(1))];
-
-/// The host, or `None` with a loud word where there is none.
-fn host() -> Option<Arc<KvmHost>> {
-    match KvmHost::open() {
-        Ok(host) => Some(host),
-        Err(error) => {
-            let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-            assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-            eprintln!("SKIPPED: {error}");
-            None
-        }
-    }
-}
 
 fn layout(page: PageSize) -> RamLayout {
     let regions = REGIONS.map(|(start, len)| RamRegion { start: GuestAddress::new(start), len });
@@ -127,13 +117,8 @@ fn clone_of(host: &Arc<KvmHost>, devices: Devices, log: DirtyLog, page: PageSize
     let vm: Vm<Mapped> = Vm::new(&tree, VmName::new("parent").unwrap(), layout(page), disks).unwrap();
     vm.ram().write(GuestAddress::new(CODE), WALKING).unwrap();
     vm.disk("d").unwrap().write(Lba::new(3), &[3; 512]).unwrap();
-    let built = VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap();
-    let mut machine = built.vcpus(1).unwrap();
+    let mut machine = machine(host, vm.ram(), devices);
     let vcpu = &mut machine.vcpus_mut()[0];
-    vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
-    if devices.irqchips == Irqchips::InKernel {
-        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
-    }
     let mut sregs = vcpu.get_sregs().unwrap();
     let flat = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, db: 1, ..Default::default() };
     sregs.cs = kvm_segment { selector: 8, type_: 11, ..flat };
@@ -153,7 +138,7 @@ fn clone_of(host: &Arc<KvmHost>, devices: Devices, log: DirtyLog, page: PageSize
     let vm = point.spawn(CloneSpec::default()).unwrap();
     let state: &MachineState = point.device_state().object().unwrap();
     let built = VmBuilder::new(host).unwrap().engine_ram_with_log(vm.ram(), log).unwrap();
-    let mut machine = built.devices(devices).unwrap().vcpus(1).unwrap();
+    let mut machine = built.devices(devices).unwrap().vcpus(VcpuCount::ONE).unwrap();
     machine.restore(host, state).unwrap();
     vm.start().unwrap();
     Clone { vm, cpus: Cpus { host: Arc::clone(host), machine, plan: state.plan(host) }, point }
@@ -280,7 +265,7 @@ fn upset(cpus: &mut Cpus, devices: Devices) -> Vec<Part> {
 
 #[test]
 fn every_part_of_a_machine_is_put_back() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for devices in [Devices::NONE, Devices::FULL] {
         let mut clone = clone_of(&host, devices, DirtyLog::Off, PageSize::KIB_4);
         let ram = clone.ram();
@@ -310,7 +295,7 @@ fn every_part_of_a_machine_is_put_back() {
 
 #[test]
 fn a_state_is_loaded_into_a_machine_whatever_it_was_doing() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     // A vCPU that was never started takes no registers from a run: they must reach it all the same.
     let mut clone = clone_of(&host, Devices::FULL, DirtyLog::Off, PageSize::KIB_4);
     let ram = clone.ram();
@@ -362,7 +347,7 @@ impl Rewind for Threaded {
 
 #[test]
 fn a_running_guest_is_paused_reset_and_runs_on() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let Clone { vm, mut cpus, point } = clone_of(&host, Devices::NONE, DirtyLog::Off, PageSize::KIB_4);
     let rax = point.device_state().object::<MachineState>().map(|_| cpus.vcpu().get_regs().unwrap().rax).unwrap();
     let (cpus, stop, walks) = (Arc::new(Mutex::new(cpus)), Arc::default(), Arc::default());
@@ -389,7 +374,7 @@ fn a_running_guest_is_paused_reset_and_runs_on() {
 
 #[test]
 fn a_reset_that_fails_anywhere_can_be_repeated() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let dirty = set([LIST / PAGE, 20, 21, 300, HIGH_PAGE + 3]);
     type Reset<'a> = &'a dyn Fn(&mut Clone) -> Result<PageCount, ResetError>;
     let ways: [Reset<'_>; 2] =
@@ -431,7 +416,7 @@ fn a_reset_that_fails_anywhere_can_be_repeated() {
 
 #[test]
 fn the_dirty_log_names_what_the_guest_wrote_and_nothing_else() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let mut clone = clone_of(&host, Devices::NONE, DirtyLog::On, PageSize::KIB_4);
     let (ram, layout) = (clone.ram(), layout(PageSize::KIB_4));
     // What the kernel noted while the state was loaded.
@@ -455,7 +440,7 @@ fn the_dirty_log_names_what_the_guest_wrote_and_nothing_else() {
 
 #[test]
 fn a_guest_runs_on_over_pages_that_were_copied_back() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for page in [PageSize::KIB_4, PageSize::new(ByteSize::kib(64)).unwrap()] {
         let mut clone = clone_of(&host, Devices::NONE, DirtyLog::On, page);
         let (ram, layout) = (clone.ram(), layout(page));
@@ -482,7 +467,7 @@ fn a_guest_runs_on_over_pages_that_were_copied_back() {
 
 #[test]
 fn the_log_counts_pages_of_the_space() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let large = PageSize::new(ByteSize::kib(64)).unwrap();
     let mut clone = clone_of(&host, Devices::NONE, DirtyLog::On, large);
     let (ram, layout) = (clone.ram(), layout(large));
@@ -497,7 +482,7 @@ fn the_log_counts_pages_of_the_space() {
 
 #[test]
 fn a_log_that_could_not_be_read_is_read_next_time() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let mut clone = clone_of(&host, Devices::NONE, DirtyLog::On, PageSize::KIB_4);
     let layout = layout(PageSize::KIB_4);
     clone.cpus.machine.take_dirty(&layout).unwrap();
@@ -527,7 +512,7 @@ fn a_log_that_could_not_be_read_is_read_next_time() {
 
 #[test]
 fn a_machine_without_a_log_says_so() {
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let clone = clone_of(&host, Devices::NONE, DirtyLog::Off, PageSize::KIB_4);
     let error = clone.cpus.machine.take_dirty(&layout(PageSize::KIB_4)).unwrap_err();
     assert!(error.to_string().contains("DirtyLog::On"), "{error}");

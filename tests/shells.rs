@@ -4,16 +4,18 @@
 //! Where `/dev/kvm` is missing the tests say so and pass, unless OFFSHOOT_REQUIRE=all is set: then they fail.
 #![cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
 
+mod common;
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
+use common::machine::{kvm_host, machine, start_in_real_mode};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part, PoolLimits, PoolStats, Shell,
-    ShellError, ShellPool, ShellShape, VcpuIndex, VmBuilder, finish_exit,
+    Devices, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part, PoolLimits, PoolStats, Shell, ShellCount,
+    ShellError, ShellPool, ShellShape, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
 use offshoot::ram::{RamLayout, RamRegion};
@@ -43,19 +45,6 @@ const COUNT: u64 = 0x8000;
 fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The host, or `None` with a loud word where there is none.
-fn host() -> Option<Arc<KvmHost>> {
-    match KvmHost::open() {
-        Ok(host) => Some(host),
-        Err(error) => {
-            let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-            assert!(!required, "OFFSHOOT_REQUIRE=all, but KVM is missing: {error}");
-            eprintln!("SKIPPED: {error}");
-            None
-        }
-    }
 }
 
 fn layout() -> RamLayout {
@@ -111,13 +100,15 @@ struct Counting {
 }
 
 fn shape(host: &Arc<KvmHost>, devices: Devices) -> ShellShape {
-    let machine = VmBuilder::new(host).unwrap().devices(devices).unwrap().vcpus(1).unwrap();
+    let machine = VmBuilder::new(host).unwrap().devices(devices).unwrap().vcpus(VcpuCount::ONE).unwrap();
     machine.vcpus()[0].set_cpuid2(host.supported_cpuid()).unwrap();
     ShellShape::new(&MachinePlan::read(host, machine.vcpus(), devices).unwrap(), &layout())
 }
 
-fn pool(host: &Arc<KvmHost>, devices: Devices, ready: u32) -> Arc<ShellPool> {
-    let pool = ShellPool::new(shape(host, devices), PoolLimits { ready, ..PoolLimits::default() }).unwrap();
+fn pool(host: &Arc<KvmHost>, devices: Devices, ready: u64) -> Arc<ShellPool> {
+    let pool =
+        ShellPool::new(shape(host, devices), PoolLimits { ready: ShellCount::new(ready), ..PoolLimits::default() })
+            .unwrap();
     pool.wait_filled().unwrap();
     Arc::new(pool)
 }
@@ -125,17 +116,8 @@ fn pool(host: &Arc<KvmHost>, devices: Devices, ready: u32) -> Arc<ShellPool> {
 fn counting(host: &Arc<KvmHost>, tree: &Tree, devices: Devices, pool: Arc<ShellPool>) -> Counting {
     let vm: Vm<Mapped> = Vm::new(tree, VmName::new("counting").unwrap(), layout(), vec![]).unwrap();
     vm.ram().write(GuestAddress::new(CODE), COUNTING).unwrap();
-    let built = VmBuilder::new(host).unwrap().engine_ram(vm.ram()).unwrap().devices(devices).unwrap();
-    let mut machine = built.vcpus(1).unwrap();
-    let vcpu = &mut machine.vcpus_mut()[0];
-    vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
-    if devices.irqchips == Irqchips::InKernel {
-        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
-    }
-    let mut sregs = vcpu.get_sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs).unwrap();
-    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rsp: 0x5000, ..Default::default() }).unwrap();
+    let machine = machine(host, vm.ram(), devices);
+    start_in_real_mode(&machine.vcpus()[0], CODE);
     let plan = MachinePlan::read(host, machine.vcpus(), devices).unwrap();
     vm.start().unwrap();
     let (machine, next, count, fail, decoy) = (Some(machine), None, 0, Fail::Nothing, None);
@@ -225,7 +207,7 @@ fn check_clone(pool: &ShellPool, point: &ForkPoint<Mapped>, count: u32) {
 #[test]
 fn a_parent_that_moves_loses_nothing() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for devices in [Devices::NONE, Devices::FULL] {
         let before = held();
         let tree = Tree::default();
@@ -300,7 +282,7 @@ impl Relocate for Threaded {
 #[test]
 fn a_guest_that_runs_meanwhile_loses_nothing() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let pool = pool(&host, Devices::FULL, 3);
     let Counting { vm, cpus } = counting(&host, &Tree::default(), Devices::FULL, Arc::clone(&pool));
     let cpus = Arc::new(Mutex::new(Some(cpus)));
@@ -328,21 +310,27 @@ fn a_guest_that_runs_meanwhile_loses_nothing() {
     }
 }
 
+/// A guest that has moved so many times, and has run since.
+fn moved(host: &Arc<KvmHost>, tree: &Tree, pool: &Arc<ShellPool>, times: u32) -> Counting {
+    let mut counting = counting(host, tree, Devices::FULL, Arc::clone(pool));
+    for _ in 0..times {
+        counting.cpus.run(3);
+        counting.vm.fork_relocating(&mut counting.cpus).unwrap().teardown().wait();
+    }
+    counting.cpus.run(10);
+    counting
+}
+
 #[test]
 fn every_failing_step_leaves_the_parent_running_where_it_was() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for forks_before in [0, 1] {
         for fail in [Fail::NextHole, Fail::BeforeEntering, Fail::AfterEntering] {
             let before = held();
             let tree = Tree::default();
             let pool = pool(&host, Devices::FULL, 2);
-            let mut parent = counting(&host, &tree, Devices::FULL, Arc::clone(&pool));
-            for _ in 0..forks_before {
-                parent.cpus.run(3);
-                parent.vm.fork_relocating(&mut parent.cpus).unwrap().teardown().wait();
-            }
-            parent.cpus.run(10);
+            let mut parent = moved(&host, &tree, &pool, forks_before);
             let home = parent.vm.ram().space().host_base();
             parent.cpus.fail = fail;
             let failed = parent.vm.fork_relocating(&mut parent.cpus);
@@ -364,19 +352,14 @@ fn every_failing_step_leaves_the_parent_running_where_it_was() {
 #[test]
 fn no_failing_call_leaves_anything_behind() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for forks_before in [0, 1] {
         for n in 1.. {
             let before = held();
             let tree = Tree::default();
             // Nothing ready: the shell is built by this thread, whose calls fail, those to KVM among them.
             let pool = pool(&host, Devices::FULL, 0);
-            let mut parent = counting(&host, &tree, Devices::FULL, Arc::clone(&pool));
-            for _ in 0..forks_before {
-                parent.cpus.run(3);
-                parent.vm.fork_relocating(&mut parent.cpus).unwrap().teardown().wait();
-            }
-            parent.cpus.run(10);
+            let mut parent = moved(&host, &tree, &pool, forks_before);
             let home = parent.vm.ram().space().host_base();
             let plan = fail_nth_call(n, Refusal::OutOfMemory);
             let forked = parent.vm.fork_relocating(&mut parent.cpus);
@@ -405,7 +388,7 @@ fn no_failing_call_leaves_anything_behind() {
 #[test]
 fn a_shell_whose_hole_was_taken_is_dropped_and_counted() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let pool = pool(&host, Devices::NONE, 3);
     let mut parent = counting(&host, &Tree::default(), Devices::NONE, Arc::clone(&pool));
     let other: Vm<Mapped> = Vm::new(&Tree::default(), VmName::new("other").unwrap(), layout(), vec![]).unwrap();
@@ -419,7 +402,7 @@ fn a_shell_whose_hole_was_taken_is_dropped_and_counted() {
     check_ram(&parent.vm, 20);
     check_clone(&pool, &point, 10);
     let stats = pool.stats();
-    assert_eq!((stats.holes_lost, stats.discarded, stats.entered), (1, 1, 2), "{stats:?}");
+    assert_eq!(counts(&stats, |it| [it.holes_lost, it.discarded, it.entered]), [1, 1, 2], "{stats:?}");
     let decoys = parent.cpus.decoy.take().unwrap().1;
     assert_eq!(
         decoys[0].ram().load::<u64>(GuestAddress::new(COUNT)).unwrap(),
@@ -436,40 +419,46 @@ fn a_shell_whose_hole_was_taken_is_dropped_and_counted() {
     assert!(matches!(wrong, Err(ShellError::Shape(_))));
 }
 
+/// Some of a pool's figures, as numbers.
+fn counts<const N: usize>(stats: &PoolStats, which: impl Fn(&PoolStats) -> [ShellCount; N]) -> [u64; N] {
+    which(stats).map(ShellCount::get)
+}
+
 #[test]
 fn the_pool_is_bounded_refills_and_drains() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let before = held();
-    let limits = PoolLimits { ready: 4, alive: 6, ..PoolLimits::default() };
+    let limits = PoolLimits { ready: ShellCount::new(4), alive: ShellCount::new(6), ..PoolLimits::default() };
     let pool = ShellPool::new(shape(&host, Devices::NONE), limits).unwrap();
     pool.wait_filled().unwrap();
-    assert_eq!(pool.stats(), PoolStats { ready: 4, alive: 4, built: 4, ..PoolStats::default() });
+    let four = ShellCount::new(4);
+    assert_eq!(pool.stats(), PoolStats { ready: four, alive: four, built: four, ..PoolStats::default() });
     let mut taken: Vec<_> = (0..4).map(|_| pool.try_take().unwrap()).collect();
     // Six may exist, four are out: two come, and what the thread meets at the limit is told.
-    assert!(matches!(pool.wait_filled(), Err(ShellError::ShellLimit { limit: 6 })));
-    assert_eq!((pool.stats().ready, pool.stats().alive), (2, 6));
+    assert!(matches!(pool.wait_filled(), Err(ShellError::ShellLimit { limit }) if limit == limits.alive));
+    assert_eq!(counts(&pool.stats(), |it| [it.ready, it.alive]), [2, 6]);
     taken.extend([pool.take().unwrap(), pool.take().unwrap()]);
     let refused = pool.take();
-    assert!(matches!(refused, Err(ShellError::ShellLimit { limit: 6 })), "{refused:?}");
+    assert!(matches!(refused, Err(ShellError::ShellLimit { limit }) if limit == limits.alive), "{refused:?}");
     assert!(refused.unwrap_err().to_string().contains("PoolLimits::alive"));
     assert!(pool.try_take().is_none());
     let bases: HashSet<_> = taken.iter().map(|shell| shell.hole().base()).collect();
     assert_eq!(bases.len(), 6, "each has a hole of its own");
     drop(taken);
     pool.wait_filled().or_else(|_| pool.wait_filled()).unwrap();
-    assert_eq!((pool.stats().ready, pool.stats().alive, pool.stats().discarded), (4, 4, 6));
+    assert_eq!(counts(&pool.stats(), |it| [it.ready, it.alive, it.discarded]), [4, 4, 6]);
 
-    assert_eq!(pool.drain(), 4);
+    assert_eq!(pool.drain(), four);
     pool.wait_filled().unwrap();
-    assert_eq!((pool.stats().ready, pool.stats().alive), (0, 0));
+    assert_eq!(counts(&pool.stats(), |it| [it.ready, it.alive]), [0, 0]);
     assert_eq!(held(), before);
     drop(pool.take().unwrap());
     pool.wait_filled().unwrap();
-    assert_eq!((pool.stats().ready, pool.stats().built_on_demand), (0, 1), "drained means drained");
+    assert_eq!(counts(&pool.stats(), |it| [it.ready, it.built_on_demand]), [0, 1], "drained means drained");
     pool.refill();
     pool.wait_filled().unwrap();
-    assert_eq!(pool.stats().ready, 4);
+    assert_eq!(pool.stats().ready, four);
     drop(pool);
     assert_eq!(held(), before);
 }
@@ -477,28 +466,28 @@ fn the_pool_is_bounded_refills_and_drains() {
 #[test]
 fn limits_of_the_process_are_named() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for (limits, name) in [
         (PoolLimits { spare_descriptors: 1 << 40, ..PoolLimits::default() }, "RLIMIT_NOFILE"),
         (PoolLimits { spare_mappings: 1 << 40, ..PoolLimits::default() }, "vm.max_map_count"),
-        (PoolLimits { alive: 0, ..PoolLimits::default() }, "PoolLimits::alive"),
+        (PoolLimits { alive: ShellCount::ZERO, ..PoolLimits::default() }, "PoolLimits::alive"),
     ] {
         let pool = ShellPool::new(shape(&host, Devices::NONE), limits).unwrap();
-        if limits.alive > 0 {
+        if limits.alive > ShellCount::ZERO {
             assert!(pool.wait_filled().unwrap_err().to_string().contains(name));
         }
         assert!(pool.take().unwrap_err().to_string().contains(name));
         // The pool's own thread may be trying still, and what it tries counts until it is refused: let it come to rest.
         pool.drain();
         let _refused = pool.wait_filled();
-        assert_eq!((pool.stats().alive, pool.stats().built), (0, 0));
+        assert_eq!(counts(&pool.stats(), |it| [it.alive, it.built]), [0, 0]);
     }
 }
 
 #[test]
 fn two_threads_take_from_one_pool() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     let pool = pool(&host, Devices::NONE, 4);
     let mut parent = counting(&host, &Tree::default(), Devices::NONE, Arc::clone(&pool));
     parent.cpus.run(10);
@@ -509,12 +498,14 @@ fn two_threads_take_from_one_pool() {
         }
     });
     let stats = pool.stats();
-    assert_eq!((stats.taken + stats.built_on_demand, stats.entered, stats.discarded), (40, 40, 0), "{stats:?}");
+    let [taken, on_demand] = counts(&stats, |it| [it.taken, it.built_on_demand]);
+    assert_eq!(taken + on_demand, 40, "{stats:?}");
+    assert_eq!(counts(&stats, |it| [it.entered, it.discarded]), [40, 0], "{stats:?}");
 }
 
 /// A shell's state is a new machine's, but for what counts time, and nothing is mapped in its hole.
 fn assert_like_new(host: &Arc<KvmHost>, shell: &Shell, devices: Devices) {
-    let mut new = VmBuilder::new(host).unwrap().devices(devices).unwrap().vcpus(1).unwrap();
+    let mut new = VmBuilder::new(host).unwrap().devices(devices).unwrap().vcpus(VcpuCount::ONE).unwrap();
     new.vcpus()[0].set_cpuid2(host.supported_cpuid()).unwrap();
     let plan = MachinePlan::read(host, new.vcpus(), devices).unwrap();
     let untouched = new.capture(&plan).unwrap();
@@ -548,7 +539,7 @@ fn assert_like_new(host: &Arc<KvmHost>, shell: &Shell, devices: Devices) {
 #[test]
 fn a_shell_is_as_a_new_machine_whoever_was_there_before() {
     let _alone = alone();
-    let Some(host) = host() else { return };
+    let Some(host) = kvm_host() else { return };
     for devices in [Devices::NONE, Devices::FULL] {
         let pool = pool(&host, devices, 2);
         let mut parent = counting(&host, &Tree::default(), devices, Arc::clone(&pool));
@@ -567,6 +558,7 @@ fn a_shell_is_as_a_new_machine_whoever_was_there_before() {
         }
         let stats = pool.stats();
         assert_eq!(stats.alive, stats.ready, "no shell came back: {stats:?}");
-        assert_eq!(stats.built, stats.ready + stats.entered + stats.discarded);
+        let [built, where_they_are @ ..] = counts(&stats, |it| [it.built, it.ready, it.entered, it.discarded]);
+        assert_eq!(built, where_they_are.iter().sum::<u64>());
     }
 }

@@ -256,6 +256,48 @@ fn a_merged_image_opens_as_it_was() {
     assert_eq!(again.usage().unwrap().layers, 2);
 }
 
+/// Copies are made by batches, which overlap in a pool: runs longer than a batch, and pages of zeroes anywhere in one.
+#[test]
+fn copies_are_the_same_in_a_pool_and_outside() {
+    let recorder = Recorder::new();
+    let disk = dir(&recorder).create(geometry(PAGES), None).unwrap();
+    let mut dice = Dice::new(5);
+    disk.write(ByteOffset::ZERO, &dice.bytes(PAGES * PAGE)).unwrap();
+    let below = disk.cut().unwrap().commit().0;
+    let mut bytes = dice.bytes(900 * PAGE);
+    for page in bytes.chunks_exact_mut(PAGE as usize) {
+        if dice.below(3) == 0 {
+            page.fill(0);
+        }
+    }
+    disk.write(ByteOffset::new(100 * PAGE), &bytes).unwrap();
+    disk.zero(pages(400, 7)).unwrap();
+    let want = read_all(&disk).unwrap();
+    let top = disk.cut().unwrap().commit().0;
+    let pool = threads();
+    let ids = |images: [DurableImage; 2]| {
+        images.map(|image| {
+            assert!(read(&image).unwrap() == want);
+            Sealed::validate(&image).unwrap();
+            let verified = image.verify(&pool, &Job::new()).unwrap();
+            assert!(verified.iter().all(|(_, found)| found.damaged.is_empty()));
+            image.layer().unwrap().unwrap().content
+        })
+    };
+    for [outside, inside] in [
+        ids([top.flatten().unwrap(), pool.install(|| top.flatten()).unwrap()]),
+        ids([top.merge_onto(&below).unwrap(), pool.install(|| top.merge_onto(&below)).unwrap()]),
+    ] {
+        assert!(outside.is_some() && outside == inside);
+    }
+    pool.install(|| top.seal(&Job::new())).unwrap();
+    disk.flush().unwrap();
+    let id = disk.id();
+    drop((top, below, disk));
+    let opened = image(&recorder, id).unwrap();
+    assert!(opened.layer().unwrap().unwrap().content.is_some() && read(&opened).unwrap() == want);
+}
+
 #[test]
 fn equal_content_has_an_equal_id() {
     let recorder = Recorder::new();

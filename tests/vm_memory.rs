@@ -11,7 +11,7 @@ use offshoot::backing::Mapped;
 use offshoot::frontend::vm_memory::{KeepAlive, KeptMemory, lease};
 use offshoot::page::{ByteSize, PageSize};
 use offshoot::ram::{RamLayout, RamRegion};
-use offshoot::{BoxError, CloneSpec, DeviceState, ForkPoint, Guest, Rewind, Tree, Vm, VmName};
+use offshoot::{AtRest, CloneSpec, DeviceState, ForkPoint, Tree, Vm, VmName};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError,
@@ -30,26 +30,8 @@ const HIGH: u64 = 1 << 32;
 const END: u64 = HIGH + 32 * PAGE;
 
 /// A guest without vCPUs: the devices of these tests stand still whenever it forks.
-struct Idle;
-
-impl Guest for Idle {
-    fn pause(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-
-    fn save(&mut self) -> Result<DeviceState, BoxError> {
-        Ok(DeviceState::from_bytes(vec![]))
-    }
-
-    fn resume(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-}
-
-impl Rewind for Idle {
-    fn load(&mut self, _: &DeviceState) -> Result<(), BoxError> {
-        Ok(())
-    }
+fn idle() -> AtRest {
+    AtRest(DeviceState::from_bytes([]))
 }
 
 fn parent() -> Vm<Mapped> {
@@ -90,7 +72,7 @@ fn parent_and_clones_go_their_own_ways() {
     // Unaligned, across the two regions that touch, above the gap, and the very last word.
     let places = [0, 0x1003, SEAM - 3, HIGH, END - 8];
     places.iter().for_each(|&at| put(&parent, at, at ^ 0xaaaa));
-    let point = vm.fork(&mut Idle).unwrap();
+    let point = vm.fork(&mut idle()).unwrap();
     let clones = [spawn(&point), spawn(&point)];
     let [a, b] = [memory(&clones[0]), memory(&clones[1])];
     for (n, &at) in places.iter().enumerate() {
@@ -158,7 +140,7 @@ fn slices_run_across_regions_that_touch() {
     let pattern: Vec<u8> = (0..3 * PAGE).map(|n| (n % 251) as u8).collect();
     let at = GuestAddress(SEAM - PAGE - 5);
     parent.write_slice(&pattern, at).unwrap();
-    let clone = spawn(&vm.fork(&mut Idle).unwrap());
+    let clone = spawn(&vm.fork(&mut idle()).unwrap());
     let memory = memory(&clone);
     let mut read = vec![0; pattern.len()];
     memory.read_slice(&mut read, at).unwrap();
@@ -188,7 +170,7 @@ fn one_object_works_through_forks_and_resets() {
     };
     let homes = hosts(&parent);
     put(&parent, 0, 1);
-    let first = vm.fork(&mut Idle).unwrap();
+    let first = vm.fork(&mut idle()).unwrap();
     put(&parent, 0, 2);
     put(&parent, HIGH, 20);
 
@@ -197,11 +179,11 @@ fn one_object_works_through_forks_and_resets() {
     assert_eq!((word(&own, 0), word(&own, HIGH)), (1, 0));
     put(&own, 0, 3);
     put(&own, SEAM, 30);
-    let second = clone.fork(&mut Idle).unwrap();
+    let second = clone.fork(&mut idle()).unwrap();
     assert_eq!((word(&own, 0), word(&own, SEAM)), (3, 30), "its own fork changes nothing");
     put(&own, 0, 4);
     put(&own, GAP - 8, 40);
-    let third = clone.fork(&mut Idle).unwrap();
+    let third = clone.fork(&mut idle()).unwrap();
     put(&own, 0, 5);
 
     for (point, want) in [(&first, [1, 0, 0]), (&second, [3, 30, 0]), (&third, [4, 30, 40])] {
@@ -211,14 +193,14 @@ fn one_object_works_through_forks_and_resets() {
     }
 
     put(&own, GAP - 8, 50);
-    clone.reset(&mut Idle).unwrap();
+    clone.reset(&mut idle()).unwrap();
     assert_eq!([word(&own, 0), word(&own, SEAM), word(&own, GAP - 8)], [4, 30, 40], "back at the third");
     assert_eq!((engine(&clone, 0), engine(&clone, GAP - 8)), (4, 40));
     put(&own, 0, 6);
     assert_eq!((engine(&clone, 0), word(&memory(&clone), 0)), (6, 6));
 
     assert_eq!((word(&parent, 0), word(&parent, HIGH)), (2, 20));
-    vm.reset(&mut Idle).unwrap();
+    vm.reset(&mut idle()).unwrap();
     assert_eq!((word(&parent, 0), word(&parent, HIGH)), (1, 0));
     assert_eq!(hosts(&parent), homes);
     assert_eq!(hosts(&own), hosts(&memory(&clone)));
@@ -230,7 +212,7 @@ fn a_frozen_vms_memory_never_reaches_its_fork_point() {
     let vm = parent();
     let parent = memory(&vm);
     put(&parent, 0, 1);
-    let point = vm.freeze(&mut Idle).unwrap();
+    let point = vm.freeze(&mut idle()).unwrap();
     put(&parent, 0, 2);
     assert_eq!(word(&memory(&spawn(&point)), 0), 1);
 }
@@ -247,7 +229,7 @@ fn memory_outlives_its_vm() {
     let vm = parent();
     let kept = memory(&vm);
     put(&kept, 0, 1);
-    let clone = spawn(&vm.fork(&mut Idle).unwrap());
+    let clone = spawn(&vm.fork(&mut idle()).unwrap());
     let (a, b) = (memory(&clone), memory(&clone));
     put(&a, SEAM, 2);
     let tree = vm.tree().clone();
@@ -312,7 +294,7 @@ fn devices_written_for_vm_memory_serve_clones() {
         put(&parent, ring.0 + 24 + n as u64 * 16, len);
     }
     parent.store(2_u16, ring, Ordering::Release).unwrap();
-    let point = vm.fork(&mut Idle).unwrap();
+    let point = vm.fork(&mut idle()).unwrap();
     let clones = [spawn(&point), spawn(&point)].map(|clone| memory(&clone));
     for (fill, clone) in (1..).zip(&clones) {
         assert_eq!(serve(clone, ring, fill).unwrap(), 2);
@@ -336,7 +318,7 @@ fn devices_written_for_vm_memory_serve_clones() {
 fn device_threads_of_siblings_never_meet() {
     const ROUNDS: u64 = 200;
     let vm = parent();
-    let point = vm.fork(&mut Idle).unwrap();
+    let point = vm.fork(&mut idle()).unwrap();
     std::thread::scope(|scope| {
         for own in 1..=4_u64 {
             let point = &point;
@@ -348,7 +330,7 @@ fn device_threads_of_siblings_never_meet() {
                         memory.write_obj([own, round, page as u64, at], GuestAddress(at + 8)).unwrap();
                     }
                     if round % 50 == 49 {
-                        clone.fork(&mut Idle).unwrap();
+                        clone.fork(&mut idle()).unwrap();
                     }
                     for (page, at) in [SEAM - PAGE, SEAM, HIGH].into_iter().enumerate() {
                         let read: [u64; 4] = memory.read_obj(GuestAddress(at + 8)).unwrap();
@@ -425,7 +407,7 @@ fn marked<B: Bitmap>(memory: &GuestMemoryMmap<B>, marks: &Marks) {
 #[test]
 fn bitmaps_mark_what_is_written() {
     let vm = parent();
-    let clone = spawn(&vm.fork(&mut Idle).unwrap());
+    let clone = spawn(&vm.fork(&mut idle()).unwrap());
     let lease = || lease(clone.ram()).unwrap();
     let mut lens = Vec::new();
     let kept = lease().guest_memory_with(|len| {
@@ -437,9 +419,9 @@ fn bitmaps_mark_what_is_written() {
     let seam = |memory: &KeptMemory<Marks>| memory.find_region(GuestAddress(SEAM)).unwrap().get_mmap();
     // Through `KeepAlive`, as through the bitmap itself.
     marked(&kept, seam(&kept).bitmap());
-    clone.fork(&mut Idle).unwrap();
+    clone.fork(&mut idle()).unwrap();
     marked(&kept, seam(&kept).bitmap());
-    clone.reset(&mut Idle).unwrap();
+    clone.reset(&mut idle()).unwrap();
     marked(&kept, seam(&kept).bitmap());
 
     // The types that VMMs name which are not generic.
@@ -460,7 +442,7 @@ fn bitmaps_mark_what_is_written() {
 #[test]
 fn memory_can_be_plugged_in_and_out() {
     let vm = parent();
-    let clone = spawn(&vm.fork(&mut Idle).unwrap());
+    let clone = spawn(&vm.fork(&mut idle()).unwrap());
     let memory: KeptMemory<Marks> = lease(clone.ram()).unwrap().guest_memory_with(|_| Marks::default()).unwrap();
     let plugged = GuestRegionMmap::<KeepAlive<Marks>>::from_range(GuestAddress(GAP), 0x4000, None).unwrap();
     let larger = memory.insert_region(Arc::new(plugged)).unwrap();

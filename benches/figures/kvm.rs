@@ -9,7 +9,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_userspac
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use offshoot::backing::Mapped;
 use offshoot::frontend::kvm::{
-    Devices, KvmHost, KvmMachine, MachinePlan, MachineState, VcpuIndex, VmBuilder, finish_exit,
+    Devices, KvmHost, KvmMachine, MachinePlan, MachineState, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress};
 use offshoot::{BoxError, CloneSpec, DeviceState, Guest, Vm};
@@ -136,7 +136,7 @@ pub fn first_instruction(effort: &Effort, report: &mut Report) -> Outcome {
         needs_memory(ByteSize::new(2 * len.get()))?;
         let vm: Vm<Mapped> = running(len)?;
         vm.ram().write(GuestAddress::new(CODE_AT), CODE)?;
-        let mut machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(1)?;
+        let mut machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(VcpuCount::ONE)?;
         set_up(&host, &machine.vcpus()[0])?;
         run_to_exit(&mut machine.vcpus_mut()[0]);
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE)?;

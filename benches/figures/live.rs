@@ -1,7 +1,7 @@
 //! The pause of a live re-fork beside stop-and-copy: a VM all of whose RAM is touched, so much of it written since its last fork, and a guest that
 //! goes on writing through every fork. Without KVM and, from inside a vCPU, with it; in place and into a shell. Linux on x86-64.
 
-use offshoot::frontend::kvm::{Devices, KvmHost, PoolLimits, ShellPool};
+use offshoot::frontend::kvm::{Devices, KvmHost, PoolLimits, ShellCount, ShellPool};
 use offshoot::page::ByteSize;
 use offshoot::{ForkTimings, LivePolicy};
 
@@ -83,7 +83,8 @@ pub fn live_kvm(effort: &Effort, report: &mut Report) -> Outcome {
         Case { name: "nothing dirty".into(), dirty: Dirty::Nothing, ways: in_place },
         Case { name: "nothing dirty".into(), dirty: Dirty::Nothing, ways: moving },
     ] {
-        let pool = ShellPool::new(shape(&host, ram)?, PoolLimits { ready: 4, ..PoolLimits::default() })?;
+        let pool =
+            ShellPool::new(shape(&host, ram)?, PoolLimits { ready: ShellCount::new(4), ..PoolLimits::default() })?;
         measure(effort, report, ram, &case, Some((&host, &pool)))?;
     }
     Ok(())

@@ -1,58 +1,59 @@
-//! Random 4 KiB requests through NBD: a clone's disk, against qemu-nbd on a qcow2 overlay and nbdkit on a raw file.
+//! Random 4 KiB requests through NBD: a clone's durable disk, against qemu-nbd on a qcow2 overlay and nbdkit on a raw file.
 //!
-//! One client for all, small and pipelined, so that what differs is the server: fio spends more on a request than any of them. Files of the
-//! others lie in memory where the system has a folder for that; an overlay there is as warm as ours.
+//! One client for all, small and pipelined, so that what differs is the server: fio spends more on a request than any of them. All files are
+//! in the same place, and in the system's cache.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
-use offshoot::backing::Heap;
+use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::disk::{Access, Disk};
 use offshoot::frontend::nbd::{Endpoint, Export, ExportName, Server, ServerLimits};
-use offshoot::page::{ByteSize, Lba, PageSize, SECTOR_SIZE, SectorCount};
-use offshoot::ram::RamLayout;
-use offshoot::{CloneSpec, DiskName, Vm, VmName};
+use offshoot::page::{ByteOffset, ByteSize, SECTOR_SIZE, SectorCount};
+use offshoot::store::{DiskDir, Durable};
 
 use self::client::{Client, OPT_GO, READ, WRITE, info_request, request_bytes};
 use super::options::Effort;
+use super::place::{Place, everywhere};
 use super::report::{Baseline, Goal, Outcome, Report, Row, Skip, Unit};
 use super::sample::{Random, Round, timed};
-use super::subject::{Idle, PAGE, needs_memory, tree};
+use super::subject::{PAGE, geometry, needs_memory, tree};
+use super::tools;
 
 #[path = "../../examples/nbd_clones/client.rs"]
 mod client;
 
 /// Requests of one sample.
 const REQUESTS: usize = 2000;
-/// How long another server may take to listen.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 pub fn requests(effort: &Effort, report: &mut Report) -> Outcome {
+    everywhere(effort, report, requests_in)
+}
+
+fn requests_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     let len = effort.pick(ByteSize::mib(64), ByteSize::mib(512));
-    needs_memory(ByteSize::new(4 * len.get()))?;
-    let dir = Folder::new()?;
-    let (_clones, _server) = ours(&dir.0, len)?;
-    let theirs = [qemu_nbd(&dir.0, len), nbdkit(&dir.0, len)];
+    needs_memory(ByteSize::new(5 * len.get()))?;
+    let dir = place.path();
+    let _server = ours(dir, len)?;
+    let theirs = [qemu_nbd(dir, len), nbdkit(dir, len)];
     for (kind, verb) in [(READ, "read"), (WRITE, "write")] {
         for depth in [1, 16] {
             let mut round = Round::new(effort);
-            let mut probe = |socket: PathBuf, export: &'static str| -> Outcome {
-                let mut pump = Pump::connect(&socket, export, len)?;
+            let mut probe = |socket: &Path, export: &'static str| -> Outcome {
+                let mut pump = Pump::connect(socket, export, len)?;
                 round.probe(move || pump.run(kind, depth).expect("a server that answers"));
                 Ok(())
             };
-            probe(dir.0.join("ours"), "clone")?;
+            probe(&dir.join("ours"), "clone")?;
             for other in theirs.iter().flatten() {
-                probe(other.socket.clone(), "")?;
+                probe(&other.server.socket, "")?;
             }
             let stats = round.run_all();
             let mut others = stats[1..].iter();
             for other in &theirs {
-                let case = format!("{verb}, {depth} in flight");
+                let case = format!("{}: {verb}, {depth} in flight", place.name);
                 match other {
                     Ok(other) => report.row(&Row {
                         case,
@@ -75,115 +76,67 @@ pub fn requests(effort: &Effort, report: &mut Report) -> Outcome {
     Ok(())
 }
 
-/// A folder that goes with its value.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Result<Self, Skip> {
-        let memory = PathBuf::from("/dev/shm");
-        let parent = if memory.is_dir() { memory } else { std::env::temp_dir() };
-        let path = parent.join(format!("offshoot-nbd-figure-{}", std::process::id()));
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _left = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A clone of a full disk, half of it its own, as an export.
-fn ours(dir: &Path, len: ByteSize) -> Result<(Vec<Vm<Heap>>, Server), Skip> {
-    let tree = tree();
-    let disk = Disk::blank(&tree, SectorCount::new(len.get() / SECTOR_SIZE), Access::ReadWrite)?;
-    let piece = vec![0x77; 1 << 20];
-    let at = |offset: u64| Lba::new(offset / SECTOR_SIZE);
-    (0..len.get()).step_by(piece.len()).try_for_each(|offset| disk.write(at(offset), &piece))?;
-    let ram = RamLayout::flat(ByteSize::kib(4), PageSize::KIB_4)?;
-    let vm: Vm<Heap> = Vm::new(&tree, VmName::new("parent")?, ram, vec![(DiskName::new("root"), disk)])?;
-    vm.start()?;
-    let clone = vm.fork(&mut Idle)?.spawn(CloneSpec::default())?;
-    let disk = clone.disk("root").expect("the parent's disk").clone();
-    (0..len.get()).step_by(2 * piece.len()).try_for_each(|offset| disk.write(at(offset), &piece))?;
+/// A clone of a full durable disk, half of it its own, as an export.
+fn ours(dir: &Path, len: ByteSize) -> Result<Server, Skip> {
+    let parent = DiskDir::open(dir, &tree())?.create(geometry(len)?, None)?;
+    write_mebibytes(&parent, len, 1)?;
+    let clone = parent.cut()?.commit().0.spawn()?;
+    write_mebibytes(&clone, len, 2)?;
+    clone.flush()?;
+    let disk = Disk::over(clone, SectorCount::new(len.get() / SECTOR_SIZE), Access::ReadWrite)?;
     let server = Server::start(&[Endpoint::unix(dir.join("ours"))], ServerLimits::default())?;
-    server.add(ExportName::new("clone")?, Export::new(disk))?;
-    Ok((vec![vm, clone], server))
+    server.add(ExportName::new("clone")?, Export::new(disk.into()))?;
+    Ok(server)
 }
 
-/// Somebody else's server; killed with the value.
+/// Writes every n-th of its mebibytes.
+fn write_mebibytes(disk: &Durable, len: ByteSize, every: usize) -> Outcome {
+    let piece = vec![0x77; 1 << 20];
+    let mut offsets = (0..len.get()).step_by(every * piece.len());
+    Ok(offsets.try_for_each(|offset| disk.write(ByteOffset::new(offset), &piece))?)
+}
+
+/// Somebody else's server.
 struct Theirs {
     name: &'static str,
     /// Ours in its time, at most.
     goal: f64,
-    socket: PathBuf,
-    process: Child,
-}
-
-impl Drop for Theirs {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ended = self.process.kill();
-        let _reaped = self.process.wait();
-    }
+    server: tools::Server,
 }
 
 fn raw_file(path: &Path, len: ByteSize) -> Result<(), Skip> {
     let mut file = File::create(path)?;
     let piece = vec![0x77; 1 << 20];
     (0..len.get()).step_by(piece.len()).try_for_each(|_| file.write_all(&piece))?;
-    Ok(())
-}
-
-fn run(tool: &'static str, args: &[&str]) -> Outcome {
-    let done = Command::new(tool).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
-    match done {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(Skip::new(format!("{tool}: {status}"))),
-        Err(_) => Err(Skip::new(format!("{tool} is missing"))),
-    }
-}
-
-fn start(name: &'static str, goal: f64, socket: PathBuf, tool: &str, args: &[&str]) -> Result<Theirs, Skip> {
-    let process = Command::new(tool).args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let process = process.map_err(|_| Skip::new(format!("{tool} is missing")))?;
-    let theirs = Theirs { name, goal, socket, process };
-    let begun = Instant::now();
-    while UnixStream::connect(&theirs.socket).is_err() {
-        if begun.elapsed() > PATIENCE {
-            return Err(Skip::new(format!("{tool} does not listen")));
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(theirs)
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path of plain letters")
+    Ok(file.sync_all()?)
 }
 
 /// An overlay of which half is written, like ours.
 fn qemu_nbd(dir: &Path, len: ByteSize) -> Result<Theirs, Skip> {
+    use tools::text;
     let (base, overlay, socket) = (dir.join("base.raw"), dir.join("overlay.qcow2"), dir.join("qemu"));
     raw_file(&base, len)?;
-    run("qemu-img", &["create", "-f", "qcow2", "-b", text(&base), "-F", "raw", text(&overlay)])?;
+    tools::qcow2_over(&overlay, &base, "raw")?;
     let mut writes = Vec::new();
     for mib in (0..len.get() >> 20).step_by(2) {
         writes.extend(["-c".to_string(), format!("write -q -P 0x77 {mib}M 1M")]);
     }
     writes.push(text(&overlay).into());
-    run("qemu-io", &writes.iter().map(String::as_str).collect::<Vec<_>>())?;
+    tools::run("qemu-io", &writes.iter().map(String::as_str).collect::<Vec<_>>())?;
     let args = ["-t", "-e", "16", "-f", "qcow2", "--cache=writeback", "-k", text(&socket), text(&overlay)];
+    let server = tools::Server::start(socket.clone(), "qemu-nbd", &args)?;
     // 1.5 times its speed.
-    start("qemu-nbd, qcow2 overlay", 0.667, socket.clone(), "qemu-nbd", &args)
+    Ok(Theirs { name: "qemu-nbd, qcow2 overlay", goal: 0.667, server })
 }
 
 fn nbdkit(dir: &Path, len: ByteSize) -> Result<Theirs, Skip> {
+    use tools::text;
     let (file, socket) = (dir.join("kit.raw"), dir.join("nbdkit"));
     raw_file(&file, len)?;
+    let args = ["-f", "-U", text(&socket), "file", text(&file)];
+    let server = tools::Server::start(socket.clone(), "nbdkit", &args)?;
     // 0.9 times its speed.
-    start("nbdkit, raw file", 1.11, socket.clone(), "nbdkit", &["-f", "-U", text(&socket), "file", text(&file)])
+    Ok(Theirs { name: "nbdkit, raw file", goal: 1.11, server })
 }
 
 /// A client that keeps so many requests of one page in flight, and spends as little as it can on each.

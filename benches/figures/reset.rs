@@ -7,7 +7,8 @@ use kvm_bindings::kvm_regs;
 use kvm_ioctls::VcpuExit;
 use offshoot::backing::Mapped;
 use offshoot::frontend::kvm::{
-    Devices, DirtyLog, KvmHost, KvmMachine, MachinePlan, MachineState, Target, VcpuIndex, VmBuilder, finish_exit,
+    Devices, DirtyLog, KvmHost, KvmMachine, MachinePlan, MachineState, Target, VcpuCount, VcpuIndex, VmBuilder,
+    finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageCount};
 use offshoot::{BoxError, CloneSpec, DeviceState, ForkPoint, Guest, Rewind, Vm, VmName};
@@ -88,7 +89,7 @@ fn parent(host: &Arc<KvmHost>, size: ByteSize, stride: u64, devices: Devices) ->
     let vm: Vm<Mapped> = Vm::new(&tree(), VmName::new("parent")?, layout(size)?, vec![])?;
     fill(vm.ram().space())?;
     vm.ram().write(GuestAddress::new(CODE), &program(stride))?;
-    let mut machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(devices)?.vcpus(1)?;
+    let mut machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(devices)?.vcpus(VcpuCount::ONE)?;
     let vcpu = &mut machine.vcpus_mut()[0];
     vcpu.set_cpuid2(host.supported_cpuid())?;
     make_runnable(vcpu, devices)?;

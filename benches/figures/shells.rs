@@ -11,7 +11,8 @@ use std::time::Duration;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
 use offshoot::frontend::kvm::{
-    Devices, KvmHost, MachineState, PoolLimits, ShellPool, Target, VcpuIndex, VmBuilder, finish_exit,
+    Devices, KvmHost, MachineState, PoolLimits, ShellCount, ShellPool, Target, VcpuCount, VcpuIndex, VmBuilder,
+    finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress};
 use offshoot::{CloneSpec, ForkTimings};
@@ -31,7 +32,8 @@ fn host() -> Result<Arc<KvmHost>, Skip> {
 }
 
 fn pool(host: &Arc<KvmHost>, size: ByteSize, devices: Devices) -> Result<ShellPool, Skip> {
-    let pool = ShellPool::new(shape(host, size, devices)?, PoolLimits { ready: 8, ..PoolLimits::default() })?;
+    let pool =
+        ShellPool::new(shape(host, size, devices)?, PoolLimits { ready: ShellCount::new(8), ..PoolLimits::default() })?;
     pool.wait_filled()?;
     Ok(pool)
 }
@@ -145,25 +147,20 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
 
             let mut round = Round::new(effort);
             let (host, pool, state, point, file) = (&host, &pool, &*state, &point, &file);
+            let into_shell = move || {
+                let (time, kept) = timed(|| {
+                    let (clone, mut machine) = pool.spawn(point, state, CloneSpec::default()).expect("a clone");
+                    run_once(&mut machine.vcpus_mut()[0]);
+                    (clone, machine)
+                });
+                drop(kept);
+                time
+            };
             round.probe(move || {
                 pool.wait_filled().expect("shells");
-                let (time, kept) = timed(|| {
-                    let (clone, mut machine) = pool.spawn(point, state, CloneSpec::default()).expect("a clone");
-                    run_once(&mut machine.vcpus_mut()[0]);
-                    (clone, machine)
-                });
-                drop(kept);
-                time
+                into_shell()
             });
-            round.probe(move || {
-                let (time, kept) = timed(|| {
-                    let (clone, mut machine) = pool.spawn(point, state, CloneSpec::default()).expect("a clone");
-                    run_once(&mut machine.vcpus_mut()[0]);
-                    (clone, machine)
-                });
-                drop(kept);
-                time
-            });
+            round.probe(into_shell);
             round.probe(move || {
                 let mut shell = BareShell::new(host, size, devices, state).expect("a bare shell");
                 let (time, ()) = timed(|| shell.enter(host, file, state));
@@ -173,7 +170,8 @@ pub fn spawn(effort: &Effort, report: &mut Report) -> Outcome {
                 let (time, kept) = timed(|| {
                     let clone = point.spawn(CloneSpec::default()).expect("a clone");
                     let built = VmBuilder::new(host).and_then(|vm| vm.engine_ram(clone.ram()));
-                    let mut machine = built.and_then(|vm| vm.devices(devices)?.vcpus(1)).expect("a machine");
+                    let mut machine =
+                        built.and_then(|vm| vm.devices(devices)?.vcpus(VcpuCount::ONE)).expect("a machine");
                     machine.restore(host, state).expect("a state that fits");
                     run_once(&mut machine.vcpus_mut()[0]);
                     (clone, machine)

@@ -1,217 +1,158 @@
-//! Durable disks in one process, against plain files in the same directory: the system's temporary one, or `OFFSHOOT_STORE_DIR`.
+//! Durable disks in one process, one request at a time and sixteen, against plain files in the same place. All of it in the system's cache.
 
-use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use offshoot::backing::{Backing, Cut, Sealed};
+use offshoot::backing::{Backing, Sealed};
 use offshoot::image::Source;
-use offshoot::page::{ByteOffset, ByteSize, Geometry, PageCount, PageSize};
-use offshoot::store::{DiskDir, Durable, DurableImage, Job};
+use offshoot::page::ByteSize;
+use offshoot::store::{DiskDir, Durable};
+use rayon::ThreadPool;
 
 use super::options::Effort;
-use super::report::{Baseline, Goal, Outcome, Report, Row, Unit};
-use super::sample::{Random, Round, timed};
-use super::subject::{PAGE, tree};
+use super::place::{Place, everywhere};
+use super::report::{Baseline, Goal, Outcome, Report, Row, Skip, Unit};
+use super::sample::{Random, Round, Stats, timed};
+use super::subject::{PAGE, at, cut, geometry, needs_memory, tree};
+use super::tools::{self, Requests};
 
-const REQUESTS: u64 = 200;
+/// Requests of a sample, of each thread.
+pub const REQUESTS: u64 = 1000;
+/// Requests in flight where there are many: a thread for each, for the calls wait.
+const MANY: usize = 16;
+/// Scatters a sequence of pages: a prime.
+const APART: u64 = 7919;
 
-struct Place(PathBuf);
+pub type Page = [u8; PAGE as usize];
 
-impl Place {
-    fn new() -> std::io::Result<Self> {
-        let parent = std::env::var_os("OFFSHOOT_STORE_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-        let path = parent.join(format!("offshoot-figures-{}", std::process::id()));
-        std::fs::create_dir_all(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        // Left behind, it is a temporary file like any other.
-        std::fs::remove_dir_all(&self.0).ok();
-    }
-}
-
-fn geometry(len: ByteSize) -> Result<Geometry, offshoot::SpaceError> {
-    Ok(Geometry::new(len, PageSize::KIB_4)?)
-}
-
-fn plain_file(path: &Path, len: u64) -> std::io::Result<File> {
+/// A file with every page written.
+pub fn plain_file(path: &Path, len: ByteSize) -> std::io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-    let page = [0x55; PAGE as usize];
-    (0..len / PAGE).try_for_each(|at| file.write_all_at(&page, at * PAGE))?;
+    let page: Page = [0x55; PAGE as usize];
+    (0..len.get() / PAGE).try_for_each(|at| file.write_all_at(&page, at * PAGE))?;
     file.sync_all()?;
     Ok(file)
 }
 
-fn cut(disk: &Durable) -> Result<DurableImage, offshoot::SpaceError> {
-    Ok(disk.cut()?.commit().0)
+/// The mean time of a call with a random page out of `pages`, in nanoseconds.
+pub fn mean(random: &mut Random, pages: u64, mut call: impl FnMut(u64)) -> f64 {
+    timed(|| (0..REQUESTS).for_each(|_| call(random.next() % pages))).0 / REQUESTS as f64
 }
 
-/// Random 4 KiB requests, all of it in the page cache.
+/// The time of a call while each thread of a pool makes them one after the other: all time by all calls.
+fn mean_of_many(threads: &ThreadPool, seed: &mut u64, pages: u64, call: impl Fn(u64) + Sync) -> f64 {
+    *seed += MANY as u64;
+    let base = *seed;
+    let all = || {
+        threads.broadcast(|thread| {
+            let mut random = Random::new(base + thread.index() as u64);
+            (0..REQUESTS).for_each(|_| call(random.next() % pages));
+        })
+    };
+    timed(all).0 / (REQUESTS * MANY as u64) as f64
+}
+
 pub fn requests(effort: &Effort, report: &mut Report) -> Outcome {
-    let len = effort.pick(64u64 << 20, 512 << 20);
-    let pages = len / PAGE;
-    let place = Place::new()?;
-    let dir = DiskDir::open(&place.0, &tree())?;
-    let page = [0x77; PAGE as usize];
-    let file = plain_file(&place.0.join("plain"), len)?;
-    let disk = dir.create(geometry(ByteSize::new(len))?, None)?;
-    (0..pages).try_for_each(|at| disk.write(ByteOffset::new(at * PAGE), &page))?;
-    let shallow = cut(&disk)?.spawn()?;
-    // Every layer has a part of the pages, so that a look-up ends in any of them.
-    for layer in 0..63 {
-        for at in (layer..pages).step_by(63) {
-            disk.write(ByteOffset::new(at * PAGE), &page)?;
-        }
-        cut(&disk)?;
-    }
-    let deep = disk.origin().spawn()?;
-    let warm = disk.origin().spawn()?;
-    (0..pages).try_for_each(|at| warm.write(ByteOffset::new(at * PAGE), &page))?;
-    warm.flush()?;
-    let origin = disk.origin();
+    everywhere(effort, report, requests_in)
+}
+
+fn requests_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
+    let len = effort.pick(ByteSize::mib(64), ByteSize::mib(512));
+    needs_memory(ByteSize::new(6 * len.get()))?;
+    let pages = len.get() / PAGE;
+    let page: Page = [0x77; PAGE as usize];
+    let file = plain_file(&place.path().join("plain"), len)?;
+    let dir = DiskDir::open(place.path(), &tree())?;
+    let disk = dir.create(geometry(len)?, None)?;
+    (0..pages).try_for_each(|index| disk.write(at(index), &page))?;
+    let origin = cut(&disk)?;
+    let own = origin.spawn()?;
+    (0..pages).try_for_each(|index| own.write(at(index), &page))?;
+    own.flush()?;
     let sealed = origin.flatten()?;
-    // What 64 files cost the system, whoever reads them.
-    let files: Vec<File> = (0..64u64)
-        .map(|n| {
-            let path = place.0.join(format!("sparse-{n}"));
-            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-            (n..pages).step_by(64).try_for_each(|at| file.write_all_at(&page, at * PAGE))?;
-            Ok(file)
-        })
-        .collect::<std::io::Result<_>>()?;
-    let mean = |time: f64| time / REQUESTS as f64;
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(MANY).build()?;
+
+    let read = |index: u64| own.read(at(index), &mut [0; PAGE as usize]).expect("inside the disk");
+    let pread = |index: u64| file.read_exact_at(&mut [0; PAGE as usize], index * PAGE).expect("inside the file");
+    let checked = |index: u64| sealed.read(at(index), &mut [0; PAGE as usize]).expect("inside the disk");
+    let write = |index: u64| own.write(at(index), &page).expect("inside the disk");
+    let pwrite = |index: u64| file.write_all_at(&page, index * PAGE).expect("inside the file");
     let mut round = Round::new(effort);
-    for (seed, disk) in [(1, &warm), (2, &shallow), (3, &deep)] {
-        let (mut random, mut buf) = (Random::new(seed), page);
-        round.probe(move || {
-            let read = |_| disk.read(ByteOffset::new(random.next() % pages * PAGE), &mut buf).expect("inside the disk");
-            mean(timed(|| (0..REQUESTS).for_each(read)).0)
-        });
-    }
-    let (mut random, mut buf) = (Random::new(4), page);
+    one_by_one(&mut round, pages, &read);
+    one_by_one(&mut round, pages, &pread);
+    one_by_one(&mut round, pages, &checked);
+    one_by_one(&mut round, pages, &write);
+    one_by_one(&mut round, pages, &pwrite);
+    many(&mut round, &threads, pages, &read);
+    many(&mut round, &threads, pages, &pread);
+    many(&mut round, &threads, pages, &write);
+    many(&mut round, &threads, pages, &pwrite);
+    round.probe(|| first_writes(&origin.spawn().expect("room for a clone"), pages, &page));
     round.probe(|| {
-        let read = |_| sealed.read(ByteOffset::new(random.next() % pages * PAGE), &mut buf).expect("inside the disk");
-        mean(timed(|| (0..REQUESTS).for_each(read)).0)
+        let path = place.path().join("fresh");
+        let file = File::create_new(&path).expect("a new file");
+        file.set_len(len.get()).expect("a sparse file");
+        file.write_all_at(&page, 0).expect("inside the file");
+        let write = |n| file.write_all_at(&page, scattered(n, pages) * PAGE).expect("inside the file");
+        let time = timed(|| (0..REQUESTS).for_each(write)).0 / REQUESTS as f64;
+        std::fs::remove_file(&path).expect("our own file");
+        time
     });
-    let (mut random, mut buf) = (Random::new(5), page);
-    round.probe(|| {
-        let read = |_| file.read_exact_at(&mut buf, random.next() % pages * PAGE).expect("inside the file");
-        mean(timed(|| (0..REQUESTS).for_each(read)).0)
-    });
-    let (mut random, mut buf) = (Random::new(8), page);
-    round.probe(|| {
-        let mut read = |at: u64| files[at as usize % 64].read_exact_at(&mut buf, at * PAGE).expect("inside the file");
-        // The last pages are not in all of the files.
-        mean(timed(|| (0..REQUESTS).for_each(|_| read(random.next() % (pages - 64)))).0)
-    });
-    let mut random = Random::new(6);
-    round.probe(|| {
-        let write = |_| warm.write(ByteOffset::new(random.next() % pages * PAGE), &page).expect("inside the disk");
-        mean(timed(|| (0..REQUESTS).for_each(write)).0)
-    });
-    round.probe(|| {
-        let clone = origin.spawn().expect("room for a clone");
-        // The file itself is made at the first write of all.
-        clone.write(ByteOffset::ZERO, &page).expect("inside the disk");
-        let write = |at| clone.write(ByteOffset::new((at + 1) * 7 % pages * PAGE), &page).expect("inside the disk");
-        mean(timed(|| (0..REQUESTS).for_each(write)).0)
-    });
-    let mut random = Random::new(7);
-    round.probe(|| {
-        let write = |_| file.write_all_at(&page, random.next() % pages * PAGE).expect("inside the file");
-        mean(timed(|| (0..REQUESTS).for_each(write)).0)
-    });
-    let [own, one, many, checked, pread, files, write, first, pwrite] = round.run();
-    let baseline = |name: &str, stats| Some(Baseline::new(name, stats));
+    let [read, pread, checked, write, pwrite, reads, preads, writes, pwrites, first, fresh] = round.run();
     // 0.9 times a plain file's rate is 1.11 times its time.
-    for (case, stats, baseline, goal) in [
-        ("random read, the clone's own page", own, baseline("pread of a plain file", pread), Goal::Ratio(1.11)),
-        ("random read, 64 layers", many, baseline("the same with 1 layer", one), Goal::Ratio(1.05)),
-        ("random read, 64 layers", many, baseline("pread of 64 sparse files", files), Goal::Ratio(1.11)),
-        ("random read, sealed layer, checked", checked, baseline("pread of a plain file", pread), Goal::None),
-        ("random write, the clone's own page", write, baseline("pwrite of a plain file", pwrite), Goal::Ratio(1.11)),
-        ("first write to a shared page", first, baseline("a write to an own page", write), Goal::Ratio(1.3)),
+    for (case, stats, name, baseline, goal) in [
+        ("random read, an own page", read, "pread of a plain file", pread, Goal::Ratio(1.11)),
+        ("random read, 16 threads", reads, "pread of a plain file, 16 threads", preads, Goal::Ratio(1.11)),
+        ("random read, sealed layer, checked", checked, "pread of a plain file", pread, Goal::None),
+        ("random write, an own page", write, "pwrite of a plain file", pwrite, Goal::Ratio(1.11)),
+        ("random write, 16 threads", writes, "pwrite of a plain file, 16 threads", pwrites, Goal::Ratio(1.11)),
+        ("first write to a shared page", first, "a write to an own page", write, Goal::Ratio(1.3)),
+        ("first write to a shared page", first, "a write to a hole of a plain file", fresh, Goal::None),
     ] {
-        report.row(&Row { case: case.into(), unit: Unit::Nanoseconds, stats, baseline, goal });
+        row(report, place, case, stats, name, baseline, goal);
     }
+    let [first, warm] = qcow2_writes(place, pages)?;
+    let name = "qemu-img bench, cluster written before";
+    row(report, place, "qcow2: first write to a shared cluster", first, name, warm, Goal::None);
     Ok(())
 }
 
-/// A clone of a 64 GiB disk with 10,000 extents: in memory, and durable under a name of its own. And verifying a sealed layer.
-pub fn clones(effort: &Effort, report: &mut Report) -> Outcome {
-    let place = Place::new()?;
-    let dir = DiskDir::open(&place.0, &tree())?;
-    let disk = dir.create(geometry(ByteSize::gib(64))?, None)?;
-    let page = [0x77; PAGE as usize];
-    for extent in 0..10_000 {
-        disk.write(ByteOffset::new(extent * (6 << 20)), &page)?;
-    }
-    let image = cut(&disk)?;
-    // The first clone freezes its parent.
-    image.spawn()?.flush()?;
-    let serial = Cell::new(0);
-    let mut round = Round::new(effort);
-    round.probe(|| timed(|| image.spawn().expect("room for a clone")).0);
-    round.probe(|| {
-        timed(|| {
-            let clone = image.spawn().expect("room for a clone");
-            clone.flush().expect("room on the medium");
-            clone
-        })
-        .0
-    });
-    round.probe(|| {
-        serial.set(serial.get() + 1);
-        let path = place.0.join(format!("plain-{}", serial.get()));
-        timed(|| {
-            let file = File::create_new(&path).expect("a new file");
-            file.write_all_at(&[1; 8192], 0).expect("room on the medium");
-            file.sync_data().expect("a sync");
-            File::open(&place.0).and_then(|dir| dir.sync_all()).expect("a sync of the directory");
-            file
-        })
-        .0
-    });
-    let [spawn, durable, plain] = round.run();
-    let rows = [
-        ("a clone of 64 GiB in 10,000 extents", spawn, None, Goal::Median(100.0)),
-        (
-            "the same, durable",
-            durable,
-            Some(Baseline::new("a file of 8 KiB, synced with its directory", plain)),
-            Goal::None,
-        ),
-    ];
-    for (case, stats, baseline, goal) in rows {
-        report.row(&Row { case: case.into(), unit: Unit::Microseconds, stats, baseline, goal });
-    }
-    drop(disk);
+fn one_by_one<'a>(round: &mut Round<'a>, pages: u64, call: &'a impl Fn(u64)) {
+    let mut random = Random::new(5);
+    round.probe(move || mean(&mut random, pages, call));
+}
 
-    let len = effort.pick(ByteSize::mib(64), ByteSize::gib(1));
-    let pages = PageSize::KIB_4.page_of(ByteOffset::new(len.get())).get();
-    let disk = dir.create(geometry(len)?, None)?;
-    let bytes: Vec<u8> = (0..PAGE).map(|at| at as u8 | 1).collect();
-    (0..pages).try_for_each(|at| disk.write(ByteOffset::new(at * PAGE), &bytes))?;
-    let sealed = cut(&disk)?.flatten()?;
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
-    let half = vec![0x5a_u8; len.get() as usize / 2];
-    let mut round = Round::new(effort);
-    round.probe(|| timed(|| sealed.verify(&threads, &Job::new()).expect("it is whole")).0);
-    // What it cannot be faster than: the checksum of as many bytes, on as many threads.
-    round.probe(|| {
-        let checksum = || half.chunks(PAGE as usize).fold(0, |sum, page| sum ^ crc32fast::hash(page));
-        let both = || std::thread::scope(|scope| [0, 1].map(|_| scope.spawn(checksum)).map(|thread| thread.join()));
-        timed(both).0
-    });
-    let [verify, checksum] = round.run();
-    let case = format!("verify {} of a sealed layer, 2 threads", PageCount::new(pages));
-    let baseline = Some(Baseline::new("CRC-32 of as much memory, 2 threads", checksum));
-    // 0.7 times the rate is 1.43 times the time.
-    report.row(&Row { case, unit: Unit::Milliseconds, stats: verify, baseline, goal: Goal::Ratio(1.43) });
-    Ok(())
+fn many<'a>(round: &mut Round<'a>, threads: &'a ThreadPool, pages: u64, call: &'a (impl Fn(u64) + Sync)) {
+    let mut seed = 5;
+    round.probe(move || mean_of_many(threads, &mut seed, pages, call));
+}
+
+fn scattered(n: u64, pages: u64) -> u64 {
+    (n + 1) * APART % pages
+}
+
+fn first_writes(clone: &Durable, pages: u64, page: &Page) -> f64 {
+    // The file itself is made at the first write of all.
+    clone.write(at(0), page).expect("inside the disk");
+    let write = |n| clone.write(at(scattered(n, pages)), page).expect("inside the disk");
+    timed(|| (0..REQUESTS).for_each(write)).0 / REQUESTS as f64
+}
+
+/// The first write to clusters of an overlay, and the second.
+fn qcow2_writes(place: &Place, pages: u64) -> Result<[Stats; 2], Skip> {
+    let (base, overlay) = (place.path().join("plain"), place.path().join("overlay.qcow2"));
+    // Each in a cluster of its own: there are sixteen pages to one.
+    let writes = Requests::Writes((pages / 16).min(4096));
+    let first = tools::a_few(|| {
+        tools::qcow2_over(&overlay, &base, "raw")?;
+        tools::qemu_bench(&overlay, writes)
+    })?;
+    Ok([first, tools::a_few(|| tools::qemu_bench(&overlay, writes))?])
+}
+
+pub fn row(report: &mut Report, place: &Place, case: &str, stats: Stats, name: &str, baseline: Stats, goal: Goal) {
+    let case = format!("{}: {case}", place.name);
+    let baseline = Some(Baseline::new(name, baseline));
+    report.row(&Row { case, unit: Unit::Nanoseconds, stats, baseline, goal });
 }

@@ -6,7 +6,7 @@ use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, k
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex, VmBuilder,
+    Devices, Irqchips, KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuCount, VcpuIndex, VmBuilder,
     finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress, PageSize};
@@ -40,7 +40,7 @@ pub fn layout(size: ByteSize) -> Result<RamLayout, Skip> {
 
 /// A machine without RAM of its own, just to read its plan: what a pool of shells needs.
 pub fn shape(host: &Arc<KvmHost>, size: ByteSize, devices: Devices) -> Result<ShellShape, Skip> {
-    let machine = VmBuilder::new(host)?.devices(devices)?.vcpus(1)?;
+    let machine = VmBuilder::new(host)?.devices(devices)?.vcpus(VcpuCount::ONE)?;
     machine.vcpus()[0].set_cpuid2(host.supported_cpuid())?;
     Ok(ShellShape::new(&MachinePlan::read(host, machine.vcpus(), devices)?, &layout(size)?))
 }
@@ -59,7 +59,7 @@ impl<'p> TinyGuest<'p> {
             vm.ram().write(GuestAddress::new(at), &block)?;
         }
         vm.ram().write(GuestAddress::new(AT), &PROGRAM)?;
-        let mut machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(devices)?.vcpus(1)?;
+        let mut machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(devices)?.vcpus(VcpuCount::ONE)?;
         let vcpu = &mut machine.vcpus_mut()[0];
         vcpu.set_cpuid2(host.supported_cpuid())?;
         make_runnable(vcpu, devices)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::VcpuFd;
 use offshoot::backing::Mapped;
-use offshoot::frontend::kvm::{Devices, KvmHost, KvmMachine, MachinePlan, MachineState, VmBuilder};
+use offshoot::frontend::kvm::{Devices, KvmHost, KvmMachine, MachinePlan, MachineState, VcpuCount, VmBuilder};
 use offshoot::page::{ByteSize, GuestAddress};
 use offshoot::{AtRest, DeviceState, ForkPoint, Vm, VmName};
 
@@ -47,7 +47,7 @@ impl Toucher {
             vm.ram().write(GuestAddress::new(at), &block)?;
         }
         vm.ram().write(GuestAddress::new(CODE), &program(u32::try_from(pages)?))?;
-        let mut machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(1)?;
+        let mut machine = VmBuilder::new(&host)?.engine_ram(vm.ram())?.devices(Devices::NONE)?.vcpus(VcpuCount::ONE)?;
         set_up(&host, &machine.vcpus()[0])?;
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE)?;
         let state = Arc::new(machine.capture(&plan)?);
@@ -61,7 +61,7 @@ impl Toucher {
     /// A machine for a clone, ready to run.
     pub fn machine(&self, clone: &Vm<Mapped>) -> Result<KvmMachine, Skip> {
         let built = VmBuilder::new(&self.host)?.engine_ram(clone.ram())?.devices(Devices::NONE)?;
-        let mut machine = built.vcpus(1)?;
+        let mut machine = built.vcpus(VcpuCount::ONE)?;
         machine.restore(&self.host, &self.state)?;
         Ok(machine)
     }

@@ -9,7 +9,7 @@ use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use offshoot::backing::{AddressHole, Deferred, Mapped, PlacedRam};
 use offshoot::frontend::kvm::{
-    KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuIndex, VmBuilder, finish_exit,
+    KvmHost, KvmMachine, MachinePlan, Shell, ShellPool, ShellShape, VcpuCount, VcpuIndex, VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, GuestAddress};
 use offshoot::ram::Ram;
@@ -150,7 +150,7 @@ impl<'p> Subject<'p> {
         let (cpu, plan) = match kvm {
             None => (Cpu::Host(vm.ram().clone()), None),
             Some((host, _)) => {
-                let machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(DEVICES)?.vcpus(1)?;
+                let machine = VmBuilder::new(host)?.engine_ram(vm.ram())?.devices(DEVICES)?.vcpus(VcpuCount::ONE)?;
                 let vcpu = &machine.vcpus()[0];
                 vcpu.set_cpuid2(host.supported_cpuid())?;
                 let mut sregs = vcpu.get_sregs()?;

@@ -52,6 +52,11 @@ impl<I: Iterator<Item = OsString>> Args<I> {
         Ok(Some(self.name.clone()))
     }
 
+    /// Says that there is no such option.
+    pub fn unknown(&self) -> Result<(), String> {
+        Err(format!("there is no option {}", self.name))
+    }
+
     /// Its value.
     pub fn value(&mut self) -> Result<String, String> {
         match self.attached.take() {

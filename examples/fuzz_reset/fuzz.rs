@@ -142,7 +142,7 @@ pub fn run<H: Hypervisor>(hypervisor: &H, options: &Options) -> Result<Report, B
     let mut fuzzer = Fuzzer::spawn(hypervisor, &point)?;
     let witness = Witness::of(&fuzzer.vm)?;
     let mut report = Report::new(H::NAME, *options);
-    for (number, input) in (1..=options.inputs).zip(Mutator::new(options.seed)) {
+    for (number, input) in (1..=options.inputs).zip(Mutator::new(options.common.seed)) {
         let (verdict, took) = fuzzer.one(&input)?;
         report.took(took.run, took.reset, took.load, took.pages);
         report.verdict(number, verdict);
@@ -150,7 +150,7 @@ pub fn run<H: Hypervisor>(hypervisor: &H, options: &Options) -> Result<Report, B
             report
                 .violation(|| format!("input {number}: the guest says {verdict:?}, must say {:?}", verdict_of(&input)));
         }
-        if options.fault == Fault::FlipOneByte && number == options.check_every {
+        if options.common.fault == Fault::FlipOneByte && number == options.check_every {
             fuzzer.vm.ram().store(GuestAddress::new(options.ram.get() / 2), 1u8)?;
         }
         if number % options.check_every == 0 || number == options.inputs {
@@ -164,7 +164,7 @@ pub fn run<H: Hypervisor>(hypervisor: &H, options: &Options) -> Result<Report, B
             }
         }
     }
-    for input in Mutator::new(options.seed).take(RESPAWNS) {
+    for input in Mutator::new(options.common.seed).take(RESPAWNS) {
         fuzzer.run(&input)?;
         let start = Instant::now();
         drop(fuzzer);

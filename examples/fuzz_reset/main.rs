@@ -12,6 +12,7 @@
 //! | `sim/` | the same for a RISC-V simulator |
 //! | `guest.rs` | the format, the parser's contract and its planted bug |
 //! | `mutator.rs` | inputs |
+//! | `../common/` | what it shares with other examples: assemblers, the command line |
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -25,74 +26,25 @@ mod options;
 mod report;
 mod sim;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use offshoot::BoxError;
 
-use common::args::{Backend, Output};
-use options::{Command, HELP, Options};
+use common::program;
+use options::Options;
 use report::Report;
 
-const FAILED: u8 = 1;
-const BAD_OPTIONS: u8 = 2;
-
 fn main() -> ExitCode {
-    let options = match options::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Run(options)) => options,
-        Ok(Command::Help) => {
-            println!("{HELP}");
-            return ExitCode::SUCCESS;
-        }
-        Err(wrong) => {
-            eprintln!("error: {wrong}\n\n{HELP}");
-            return ExitCode::from(BAD_OPTIONS);
-        }
-    };
-    let report = match run(&options) {
-        Ok(report) => report,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(FAILED);
-        }
-    };
-    let text = match options.output {
-        Output::Text => report.text(),
-        Output::Json => report.json() + "\n",
-    };
-    if let Err(error) = std::io::stdout().write_all(text.as_bytes()) {
-        eprintln!("error: the report could not be written: {error}");
-        return ExitCode::from(FAILED);
-    }
-    for violation in &report.examples {
-        eprintln!("violation: {violation}");
-    }
-    if report.found_at.is_none() {
-        eprintln!("error: {} inputs did not find the planted bug", options.inputs);
-    }
-    if report.is_good() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
+    program::main(run)
 }
 
 /// Runs on the backend that was asked for, or else on KVM where it works and in the simulator where it does not.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn run(options: &Options) -> Result<Report, BoxError> {
-    match options.backend {
-        Some(Backend::Sim) => fuzz::run(&sim::Simulator, options),
-        Some(Backend::Kvm) => fuzz::run(&kvm::Kvm::open()?, options),
-        None => match kvm::Kvm::open() {
-            Ok(kvm) => fuzz::run(&kvm, options),
-            Err(why) => {
-                eprintln!("KVM does not work here ({why}): the guest runs in the simulator");
-                fuzz::run(&sim::Simulator, options)
-            }
-        },
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    if let Some(kvm) = program::kvm_or_simulator(options.common.backend, kvm::Kvm::open)? {
+        return fuzz::run(&kvm, options);
     }
-}
-
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn run(options: &Options) -> Result<Report, BoxError> {
-    if options.backend == Some(Backend::Kvm) {
-        return Err("the KVM guest is for Linux on x86-64: use --backend sim".into());
-    }
+    #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+    program::simulator_only(options.common.backend)?;
     fuzz::run(&sim::Simulator, options)
 }

@@ -4,10 +4,11 @@ use std::ffi::OsString;
 
 use offshoot::page::ByteSize;
 
-use crate::common::args::{Args, Backend, Fault, Output};
+use crate::common::args::Args;
+use crate::common::program::{self, Common};
 use crate::guest::LEAST_RAM;
 
-pub const HELP: &str = "\
+const HELP: &str = "\
 Runs a parser in a virtual machine on one input after the other, and resets the machine in place in between.
 
 Usage: fuzz_reset [options]
@@ -25,50 +26,37 @@ Exits with 0 if the planted bug was found and nothing was wrong, with 1 if not o
 /// The options of one run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
-    pub backend: Option<Backend>,
+    pub common: Common,
     pub inputs: u32,
     pub ram: ByteSize,
     /// Every so many resets all is compared.
     pub check_every: u32,
-    pub seed: u64,
-    pub output: Output,
-    pub fault: Fault,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        let (ram, output, fault) = (ByteSize::mib(64), Output::Text, Fault::None);
-        Self { backend: None, inputs: 2000, ram, check_every: 64, seed: 1, output, fault }
+        Self { common: Common::default(), inputs: 2000, ram: ByteSize::mib(64), check_every: 64 }
     }
 }
 
-/// What the user wants.
-#[derive(Debug)]
-pub enum Command {
-    Run(Options),
-    Help,
-}
+impl program::Options for Options {
+    const HELP: &'static str = HELP;
 
-/// Reads the command line, without the program's name. An error says what is wrong with it.
-pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
-    let mut options = Options::default();
-    let mut args = Args::new(args);
-    while let Some(name) = args.next_name()? {
-        match name.as_str() {
-            "--help" | "-h" => return args.flag().map(|()| Command::Help),
-            "--json" => args.flag().map(|()| options.output = Output::Json)?,
-            "--inject-fault" => args.flag().map(|()| options.fault = Fault::FlipOneByte)?,
-            "--backend" => options.backend = Some(args.backend()?),
-            "--inputs" => options.inputs = args.number(1, 100_000_000)? as u32,
-            "--ram" => options.ram = args.size(LEAST_RAM, ByteSize::gib(4))?,
-            "--seed" => options.seed = args.number(0, u64::MAX)?,
+    fn common(&mut self) -> &mut Common {
+        &mut self.common
+    }
+
+    fn read(&mut self, name: &str, args: &mut Args<impl Iterator<Item = OsString>>) -> Result<(), String> {
+        match name {
+            "--inputs" => self.inputs = args.number(1, 100_000_000)? as u32,
+            "--ram" => self.ram = args.size(LEAST_RAM, ByteSize::gib(4))?,
             "--check" => match args.value()?.as_str() {
-                "full" => options.check_every = 1,
-                "sampled" => options.check_every = Options::default().check_every,
+                "full" => self.check_every = 1,
+                "sampled" => self.check_every = Self::default().check_every,
                 other => return Err(format!("--check {other}: full or sampled")),
             },
-            _ => return Err(format!("there is no option {name}")),
+            _ => return args.unknown(),
         }
+        Ok(())
     }
-    Ok(Command::Run(options))
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::common::program;
 use crate::guest::Verdict;
 use crate::options::Options;
 
@@ -13,7 +14,7 @@ pub struct Report {
     rejected: u32,
     smashed: u32,
     /// The number of the first input that found the bug.
-    pub found_at: Option<u32>,
+    found_at: Option<u32>,
     run: Vec<Duration>,
     reset: Vec<Duration>,
     load: Vec<Duration>,
@@ -23,7 +24,7 @@ pub struct Report {
     pub checked: u32,
     violations: u32,
     /// The first few, in words.
-    pub examples: Vec<String>,
+    examples: Vec<String>,
 }
 
 /// The middle, and the worst but one in a hundred.
@@ -95,11 +96,6 @@ impl Report {
         }
     }
 
-    /// Whether the run is a success.
-    pub fn is_good(&self) -> bool {
-        self.violations == 0 && self.found_at.is_some()
-    }
-
     /// Name, times, and what they are.
     fn stages(&self) -> [(&'static str, Vec<Duration>, &'static str); 5] {
         let memory = self.reset.iter().zip(&self.load).map(|(all, load)| all.saturating_sub(*load)).collect();
@@ -115,9 +111,23 @@ impl Report {
     fn mean_pages(&self) -> f64 {
         self.pages as f64 / self.reset.len().max(1) as f64
     }
+}
 
-    /// One JSON object. All text in it is ours and needs no escaping.
-    pub fn json(&self) -> String {
+impl program::Report for Report {
+    fn is_good(&self) -> bool {
+        self.violations == 0 && self.found_at.is_some()
+    }
+
+    fn complaints(&self) -> Vec<String> {
+        let mut complaints: Vec<_> = self.examples.iter().map(|violation| format!("violation: {violation}")).collect();
+        if self.found_at.is_none() {
+            complaints.push(format!("error: {} inputs did not find the planted bug", self.options.inputs));
+        }
+        complaints
+    }
+
+    /// All text in it is ours and needs no escaping.
+    fn json(&self) -> String {
         let stages = self.stages().map(|(name, times, _)| {
             let [p50, p99] = summary(&times).map(micros);
             format!("\"{name}\":{{\"p50_us\":{p50:.3},\"p99_us\":{p99:.3}}}")
@@ -125,7 +135,7 @@ impl Report {
         let fields = [
             ("backend", format!("\"{}\"", self.backend)),
             ("inputs", self.options.inputs.to_string()),
-            ("seed", self.options.seed.to_string()),
+            ("seed", self.options.common.seed.to_string()),
             ("ram_bytes", self.options.ram.get().to_string()),
             ("accepted", self.accepted.to_string()),
             ("rejected", self.rejected.to_string()),
@@ -141,9 +151,9 @@ impl Report {
         format!("{{{}}}", fields.map(|(key, value)| format!("\"{key}\":{value}")).join(","))
     }
 
-    /// A page to read.
-    pub fn text(&self) -> String {
-        let Options { inputs, seed, ram, .. } = self.options;
+    fn text(&self) -> String {
+        let Options { inputs, ram, common, .. } = self.options;
+        let seed = common.seed;
         let mut lines = vec![
             format!("fuzz_reset on {}: {inputs} inputs from seed {seed}, {} MiB of RAM", self.backend, ram.get() >> 20),
             format!("  {} accepted, {} rejected, {} smashed the stack", self.accepted, self.rejected, self.smashed),

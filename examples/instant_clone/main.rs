@@ -38,79 +38,36 @@ mod scenario;
 mod sim;
 mod witness;
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use offshoot::BoxError;
 
-use common::args::{Backend, Output};
-use options::{Command, HELP, Options};
+use common::program;
+use options::Options;
 use report::Report;
 
-const FAILED: u8 = 1;
-const BAD_OPTIONS: u8 = 2;
-
 fn main() -> ExitCode {
-    let options = match options::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Run(options)) => options,
-        Ok(Command::Help) => {
-            println!("{HELP}");
-            return ExitCode::SUCCESS;
-        }
-        Err(wrong) => {
-            eprintln!("error: {wrong}\n\n{HELP}");
-            return ExitCode::from(BAD_OPTIONS);
-        }
-    };
-    let report = match run(&options) {
-        Ok(report) => report,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(FAILED);
-        }
-    };
-    let text = match options.output {
-        Output::Text => report.text(),
-        Output::Json => report.json() + "\n",
-    };
-    if let Err(error) = std::io::stdout().write_all(text.as_bytes()) {
-        eprintln!("error: the report could not be written: {error}");
-        return ExitCode::from(FAILED);
-    }
-    for violation in &report.findings.examples {
-        eprintln!("violation: {violation}");
-    }
-    if report.findings.violations == 0 { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
+    program::main(run)
 }
 
 /// Runs the job on the backend that was asked for, or else on KVM where it works and in the simulator where it does not.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn run(options: &Options) -> Result<Report, BoxError> {
-    let kvm = || {
-        let kvm = Arc::new(kvm::Kvm::open()?);
-        scenario::try_out(&kvm).map(|()| kvm)
-    };
-    match options.backend {
-        Some(Backend::Sim) => scenario::run(Arc::new(sim::Simulator), options),
-        Some(Backend::Kvm) => scenario::run(kvm()?, options),
-        None => match kvm() {
-            Ok(kvm) => {
-                eprintln!("guests run under KVM");
-                scenario::run(kvm, options)
-            }
-            Err(why) => {
-                eprintln!("KVM does not work here ({why}): guests run in the simulator");
-                scenario::run(Arc::new(sim::Simulator), options)
-            }
-        },
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    if let Some(kvm) = program::kvm_or_simulator(options.common.backend, open_kvm)? {
+        if options.common.backend.is_none() {
+            eprintln!("guests run under KVM");
+        }
+        return scenario::run(kvm, options);
     }
+    #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+    program::simulator_only(options.common.backend)?;
+    scenario::run(Arc::new(sim::Simulator), options)
 }
 
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn run(options: &Options) -> Result<Report, BoxError> {
-    if options.backend == Some(Backend::Kvm) {
-        return Err("the KVM guest is for Linux on x86-64: use --backend sim".into());
-    }
-    scenario::run(Arc::new(sim::Simulator), options)
+/// KVM, once a clone has run on it.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn open_kvm() -> Result<Arc<kvm::Kvm>, BoxError> {
+    let kvm = Arc::new(kvm::Kvm::open()?);
+    scenario::try_out(&kvm).map(|()| kvm)
 }

@@ -5,10 +5,11 @@ use std::ffi::OsString;
 use offshoot::page::ByteSize;
 
 use crate::check::Coverage;
-use crate::common::args::{Args, Backend, Fault, Output};
+use crate::common::args::Args;
+use crate::common::program::{self, Common};
 use crate::guest::{LEAST_RAM, MAX_LANES};
 
-pub const HELP: &str = "\
+const HELP: &str = "\
 Forks a running virtual machine into many running clones, lets them diverge, and checks every one.
 
 Usage: instant_clone [options]
@@ -28,72 +29,59 @@ Exits with 0 if every clone held what it must, with 1 if not or if something fai
 /// The options of one run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
-    pub backend: Option<Backend>,
+    pub common: Common,
     pub ram: ByteSize,
     pub clones: u32,
     pub depth: u32,
     pub vcpus: u32,
     pub coverage: Coverage,
-    pub seed: u64,
-    pub output: Output,
-    pub fault: Fault,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
-            backend: None,
+            common: Common::default(),
             ram: ByteSize::gib(1),
             clones: 1000,
             depth: 3,
             vcpus: 1,
             coverage: Coverage::Written,
-            seed: 1,
-            output: Output::Text,
-            fault: Fault::None,
         }
     }
 }
 
-/// What the user wants.
-#[derive(Debug)]
-pub enum Command {
-    Run(Options),
-    Help,
-}
+impl program::Options for Options {
+    const HELP: &'static str = HELP;
 
-/// Reads the command line, without the program's name. An error says what is wrong with it.
-pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
-    let mut options = Options::default();
-    let mut args = Args::new(args);
-    while let Some(name) = args.next_name()? {
-        match name.as_str() {
-            "--help" | "-h" => return args.flag().map(|()| Command::Help),
-            "--json" => args.flag().map(|()| options.output = Output::Json)?,
-            "--inject-fault" => args.flag().map(|()| options.fault = Fault::FlipOneByte)?,
-            "--backend" => options.backend = Some(args.backend()?),
-            "--ram" => options.ram = args.size(LEAST_RAM, ByteSize::gib(1024))?,
-            "--clones" => options.clones = args.number(1, 100_000)? as u32,
-            "--depth" => options.depth = args.number(1, 1000)? as u32,
-            "--vcpus" => options.vcpus = args.number(1, MAX_LANES.into())? as u32,
-            "--seed" => options.seed = args.number(0, u64::MAX)?,
+    fn common(&mut self) -> &mut Common {
+        &mut self.common
+    }
+
+    fn read(&mut self, name: &str, args: &mut Args<impl Iterator<Item = OsString>>) -> Result<(), String> {
+        match name {
+            "--ram" => self.ram = args.size(LEAST_RAM, ByteSize::gib(1024))?,
+            "--clones" => self.clones = args.number(1, 100_000)? as u32,
+            "--depth" => self.depth = args.number(1, 1000)? as u32,
+            "--vcpus" => self.vcpus = args.number(1, MAX_LANES.into())? as u32,
             "--check" => match args.value()?.as_str() {
-                "full" => options.coverage = Coverage::Full,
-                "written" => options.coverage = Coverage::Written,
+                "full" => self.coverage = Coverage::Full,
+                "written" => self.coverage = Coverage::Written,
                 other => return Err(format!("--check {other}: full or written")),
             },
-            _ => return Err(format!("there is no option {name}")),
+            _ => return args.unknown(),
         }
+        Ok(())
     }
-    Ok(Command::Run(options))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::common::args::{Backend, Output};
+    use crate::common::program::Command;
 
-    fn parsed(line: &str) -> Result<Command, String> {
-        parse(line.split_whitespace().map(OsString::from))
+    fn parsed(line: &str) -> Result<Command<Options>, String> {
+        program::parse(line.split_whitespace().map(OsString::from))
     }
 
     #[test]
@@ -103,12 +91,10 @@ mod tests {
             panic!("not understood")
         };
         let expected = Options {
-            backend: Some(Backend::Sim),
+            common: Common { backend: Some(Backend::Sim), seed: 0, output: Output::Json, ..Common::default() },
             ram: ByteSize::mib(512),
             clones: 7,
             coverage: Coverage::Full,
-            seed: 0,
-            output: Output::Json,
             ..Options::default()
         };
         assert_eq!(options, expected);

@@ -7,6 +7,7 @@ use offshoot::ForkTimings;
 use offshoot::page::ByteSize;
 
 use crate::check::Findings;
+use crate::common::program;
 use crate::memory::MemoryReport;
 use crate::options::Options;
 use crate::scenario::Times;
@@ -95,9 +96,17 @@ impl Summary {
     }
 }
 
-impl Report {
-    /// One JSON object. All text in it is ours and needs no escaping.
-    pub fn json(&self) -> String {
+impl program::Report for Report {
+    fn is_good(&self) -> bool {
+        self.findings.violations == 0
+    }
+
+    fn complaints(&self) -> Vec<String> {
+        self.findings.examples.iter().map(|violation| format!("violation: {violation}")).collect()
+    }
+
+    /// All text in it is ours and needs no escaping.
+    fn json(&self) -> String {
         let stages: Vec<_> =
             self.stages.each().iter().map(|(name, times, _)| format!("\"{name}\":{}", json_times(times))).collect();
         let levels = self.levels.iter().enumerate().map(|(above, level)| {
@@ -113,7 +122,7 @@ impl Report {
             ("depth", options.depth.to_string()),
             ("ram_bytes", options.ram.get().to_string()),
             ("vcpus", options.vcpus.to_string()),
-            ("seed", options.seed.to_string()),
+            ("seed", options.common.seed.to_string()),
             ("vms", memory.vms.to_string()),
             ("violations", findings.violations.to_string()),
             ("pages_checked", findings.pages.to_string()),
@@ -139,14 +148,15 @@ impl Report {
         format!("{{{}}}", fields.join(","))
     }
 
-    /// A page to read.
-    pub fn text(&self) -> String {
+    fn text(&self) -> String {
         let mut out = String::new();
         // Writing into a string cannot fail.
         let _ = self.write_text(&mut out);
         out
     }
+}
 
+impl Report {
     fn write_text(&self, out: &mut String) -> fmt::Result {
         let (options, memory, findings) = (&self.options, &self.memory, &self.findings);
         writeln!(
@@ -158,7 +168,7 @@ impl Report {
             Bytes(options.ram),
             options.vcpus,
             self.backend,
-            options.seed
+            options.common.seed
         )?;
         let (before, after) = self.parent_steps;
         let further = after.saturating_sub(before);

@@ -48,14 +48,14 @@ struct Run<H: Hypervisor> {
 pub fn run<H: Hypervisor>(hypervisor: Arc<H>, options: &Options) -> Result<Report, BoxError> {
     let start = Instant::now();
     let lanes: Arc<[Lane]> = guest::lanes(options.ram, SECTORS, options.vcpus).into();
-    let base = Arc::new(BaseImage::new(options.seed));
+    let base = Arc::new(BaseImage::new(options.common.seed));
     let setting = Setting {
         lanes: lanes.clone(),
         firmware: hypervisor.firmware(options.ram),
         ram: options.ram,
         base: base.clone(),
         coverage: options.coverage,
-        seed: options.seed,
+        seed: options.common.seed,
     };
     let run = Run { hypervisor, lanes, next_tag: AtomicU32::new(1) };
     let mut stages = Stages::default();
@@ -87,7 +87,7 @@ pub fn run<H: Hypervisor>(hypervisor: Arc<H>, options: &Options) -> Result<Repor
     drop(progress);
     let mut generation: Vec<Member<H>> = clones.into_iter().map(|clone| stages.spawned(clone)).collect();
     let mut members: Vec<Member<H>> = Vec::new();
-    let mut random = Random::new(options.seed);
+    let mut random = Random::new(options.common.seed);
     for _ in 1..options.depth {
         let chosen = choose(&mut generation, FORKED_AGAIN, &mut random);
         let progress = Progress::new("forks of clones", chosen.len() as u64);
@@ -127,7 +127,7 @@ pub fn run<H: Hypervisor>(hypervisor: Arc<H>, options: &Options) -> Result<Repor
     let memory = MemoryReport::measure(members.iter().map(|member| &member.machine.vm), &tree, options.ram)?;
 
     // ... and every clone is compared with what it must hold, and goes in its turn: none needs another.
-    if options.fault == Fault::FlipOneByte {
+    if options.common.fault == Fault::FlipOneByte {
         run.inject_fault(&members, &mut random)?;
     }
     let progress = Progress::new("VMs checked", members.len() as u64);

@@ -42,12 +42,6 @@ use crate::ram::Ram;
 /// ```
 /// use offshoot::{*, backing::Mapped, frontend::vm_memory::lease, page::*, ram::*};
 /// use vm_memory::{Bytes, GuestAddress, GuestMemory};
-/// # struct Idle;
-/// # impl Guest for Idle {
-/// #     fn pause(&mut self) -> Result<(), BoxError> { Ok(()) }
-/// #     fn save(&mut self) -> Result<DeviceState, BoxError> { Ok(DeviceState::from_bytes(vec![])) }
-/// #     fn resume(&mut self) -> Result<(), BoxError> { Ok(()) }
-/// # }
 ///
 /// /// Any code over vm-memory, such as a device.
 /// fn next_ticket(memory: &impl GuestMemory, at: GuestAddress) -> Result<u64, vm_memory::GuestMemoryError> {
@@ -63,7 +57,7 @@ use crate::ram::Ram;
 /// parent.write_obj(40u64, counter)?;
 ///
 /// vm.start()?;
-/// let clone = vm.fork(&mut Idle)?.spawn(CloneSpec::default())?;
+/// let clone = vm.fork(&mut AtRest(DeviceState::from_bytes([])))?.spawn(CloneSpec::default())?;
 /// let memory = lease(clone.ram())?.guest_memory()?;
 /// assert_eq!(next_ticket(&memory, counter)?, 40);
 /// assert_eq!(next_ticket(&memory, counter)?, 41);

@@ -2,8 +2,6 @@
 //!
 //! Arithmetic is by named checked methods, because every one of these can come from a guest or a file.
 
-use std::fmt;
-
 /// Size of a disk sector in bytes: the unit of [`Lba`] and [`SectorCount`].
 pub const SECTOR_SIZE: u64 = 512;
 
@@ -31,14 +29,14 @@ macro_rules! unit {
             }
         }
 
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 write!(f, "{}({:#x})", stringify!($name), self.0)
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 write!(f, concat!("{}", $suffix), self.0)
             }
         }

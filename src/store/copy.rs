@@ -1,23 +1,18 @@
 //! Copying pages of a source into a layer in the making, watched. Must not know what the layer is for.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::job::Job;
 use super::record::BLOCK;
-use super::sealed::Writer;
-use crate::error::SpaceError;
+use super::sealed::{self, Run, Writer};
+use crate::error::{SpaceError, StoreError};
 use crate::image::Source;
 use crate::page::{ByteOffset, PageIndex, PageRange, PageSet};
 
-/// Bytes that are read at once.
-const CHUNK: usize = 64 * BLOCK;
+pub(super) use super::sealed::Zeroes;
 
-/// What a copy does with pages of zeroes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Zeroes {
-    /// Something below must be hidden.
-    Kept,
-    /// There is nothing below.
-    LeftOut,
-}
+/// Pages between two reports.
+const PIECE: u64 = 64;
 
 /// Copies pages of a source into a layer, and zeroes past its end.
 pub(super) fn copy_pages(
@@ -27,27 +22,30 @@ pub(super) fn copy_pages(
     writer: &mut Writer,
     job: &Job<'_>,
 ) -> Result<(), SpaceError> {
-    let (mut done, total) = (0, pages.count().get());
-    job.step(writer.id(), done, total)?;
-    let mut buf = vec![0; CHUNK];
-    for run in pages.runs() {
-        let (mut page, end) = (run.start().get(), run.end().get());
-        while page < end {
-            let here = (end - page).min((CHUNK / BLOCK) as u64);
-            let bytes = &mut buf[..here as usize * BLOCK];
-            read_padded(source, page * BLOCK as u64, bytes)?;
-            for (at, bytes) in (page..).zip(bytes.as_chunks::<BLOCK>().0) {
-                if *bytes != [0; BLOCK] {
-                    writer.page(PageIndex::new(at), bytes)?;
-                } else if zeroes == Zeroes::Kept {
-                    writer.zero(PageRange::one(PageIndex::new(at)));
-                }
-            }
-            (page, done) = (page + here, done + here);
-            job.step(writer.id(), done, total)?;
+    let read = |range: PageRange, buf: &mut [u8]| read_padded(source, range.start().get() * BLOCK as u64, buf);
+    copy_runs(writer, pages.runs().map(Run::Read), pages.count().get(), zeroes, job, read)
+}
+
+/// Copies `runs`, `total` pages of which are read.
+pub(super) fn copy_runs<E: From<StoreError> + Send>(
+    writer: &mut Writer,
+    runs: impl Iterator<Item = Run> + Send,
+    total: u64,
+    zeroes: Zeroes,
+    job: &Job<'_>,
+    read: impl Fn(PageRange, &mut [u8]) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let (id, done) = (writer.id(), AtomicU64::new(0));
+    job.step(id, 0, total)?;
+    sealed::copy(writer, runs, zeroes, |range, buf| {
+        for (first, buf) in (range.start().get()..).step_by(PIECE as usize).zip(buf.chunks_mut(PIECE as usize * BLOCK))
+        {
+            let pages = (buf.len() / BLOCK) as u64;
+            read(PageRange::from_bounds(PageIndex::new(first), PageIndex::new(first + pages)), buf)?;
+            job.step(id, done.fetch_add(pages, Ordering::Relaxed) + pages, total)?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Reads, with zeroes past the end of the source.

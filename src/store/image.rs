@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::access::{Found, read_through};
-use super::copy::{Zeroes, copy_pages};
+use super::copy::{Zeroes, copy_pages, copy_runs};
 use super::directory::DiskDir;
 use super::durable::{Durable, State};
 use super::id::{DiskId, LayerId};
@@ -17,7 +17,7 @@ use super::made::Made;
 use super::map::{BLOCK_PAGES, MapBlock};
 use super::overlay::Shape;
 use super::record::BLOCK;
-use super::sealed::{Verified, Writer};
+use super::sealed::{Run, Verified, Writer};
 use crate::account::{Charge, Item};
 use crate::backing::{Sealed, next_data_in};
 use crate::error::{SpaceError, StoreError};
@@ -182,11 +182,7 @@ impl DurableImage {
     ///
     /// # Errors
     /// A table that is damaged, or a page that cannot be read. Pages that do not match their checksums are no error: they are named.
-    pub fn verify(
-        &self,
-        threads: &rayon::ThreadPool,
-        job: &Job<'_>,
-    ) -> Result<Vec<(LayerId, Verified)>, SpaceError> {
+    pub fn verify(&self, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Vec<(LayerId, Verified)>, SpaceError> {
         let mut found = Vec::new();
         let mut next = self.0.top.clone();
         while let Some(layer) = next {
@@ -200,7 +196,8 @@ impl DurableImage {
     }
 
     /// Rewrites its topmost layer in the sealed form, beside the old one, which stays in use by whoever has it open. Disks that are opened from then on use
-    /// the new file. Nothing to do where the layer is sealed already, or where there is none. Costs a copy of the layer's pages.
+    /// the new file. Nothing to do where the layer is sealed already, or where there is none. Costs a copy of the layer's pages; called inside a rayon pool
+    /// (`ThreadPool::install`), as a flatten or a merge may be, it reads and writes at the same time.
     ///
     /// # Errors
     /// What the medium says, or [`StoreError::Cancelled`]. There is then no new file.
@@ -210,27 +207,19 @@ impl DurableImage {
         top.freeze()?;
         let folder = self.0.dir.shared_folder();
         let mut writer = Writer::create(folder, top.id(), overlay.parent(), self.0.shape)?;
-        let (data, zero) = top.body().pages()?;
-        let (mut done, total) = (0, data.count().get());
-        // Both kinds in the order of the disk.
-        let mut runs: Vec<_> = data.runs().map(|run| (run, true)).chain(zero.runs().map(|run| (run, false))).collect();
-        runs.sort_unstable_by_key(|(run, _)| run.start());
-        let mut page_bytes = [0; BLOCK];
-        job.step(top.id(), done, total)?;
-        for (run, is_data) in runs {
-            if !is_data {
-                writer.zero(run);
-                continue;
-            }
-            for page in run.iter() {
-                overlay.read(page.get() * BLOCK as u64, &mut page_bytes)?;
-                writer.page(page, &page_bytes)?;
-                done += 1;
-                if done % 64 == 0 || done == total {
-                    job.step(top.id(), done, total)?;
-                }
-            }
-        }
+        let mut runs = Vec::new();
+        overlay.load(|start, block| {
+            let block = block?;
+            let first = runs.len();
+            runs.extend(MapBlock::runs(&block.data).into_iter().map(|run| Run::Read(moved(run, start))));
+            runs.extend(MapBlock::runs(&block.zero).into_iter().map(|run| Run::Zero(moved(run, start))));
+            runs[first..].sort_unstable_by_key(|run| run.range().start());
+            Ok(())
+        })?;
+        let read_pages = |run: &Run| if let Run::Read(range) = run { range.count().get() } else { 0 };
+        let total = runs.iter().map(read_pages).sum();
+        let read = |range: PageRange, buf: &mut [u8]| overlay.read(range.start().get() * BLOCK as u64, buf);
+        copy_runs::<StoreError>(&mut writer, runs.into_iter(), total, Zeroes::Data, job, read)?;
         writer.finish()?;
         // The old file has done its duty. Where its name cannot be taken away it is passed over from now on.
         if let Err(error) = self.0.dir.folder().remove(overlay.file().name()) {

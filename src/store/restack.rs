@@ -311,13 +311,7 @@ impl Moved {
 }
 
 /// Sets `into` to what `from` says of these pages; where that is what the old origin says, to what the new one does. Bytes of tables that were made.
-fn carry(
-    from: &Index<Place>,
-    pages: &PageSet,
-    old: &Index<Place>,
-    new: &Index<Place>,
-    into: &mut Index<Place>,
-) -> u64 {
+fn carry(from: &Index<Place>, pages: &PageSet, old: &Index<Place>, new: &Index<Place>, into: &mut Index<Place>) -> u64 {
     let mut table_bytes = 0;
     let mut set = |run: PageRange, state: PageState<&Place>| table_bytes += into.set(run, &state.cloned());
     for (run, state) in pages.runs().flat_map(|run| from.runs(run)) {

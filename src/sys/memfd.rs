@@ -8,6 +8,7 @@
 #![allow(unsafe_code)] // pwritev and preadv take guest memory by address: a slice of it must never exist.
 
 use std::io::IoSliceMut;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -27,16 +28,30 @@ pub(crate) struct FileId {
     inode: u64,
 }
 
-/// The descriptor and what both states share.
+/// A memory file in either state: what may be asked of it, sealed or not.
 #[derive(Debug)]
-struct File {
+pub(crate) struct File {
     fd: OwnedFd,
     id: FileId,
     geometry: Geometry,
 }
 
 impl File {
-    fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SysError> {
+    /// Length in bytes.
+    pub(crate) fn len(&self) -> ByteSize {
+        self.geometry.len()
+    }
+
+    /// Its identity.
+    pub(crate) fn id(&self) -> FileId {
+        self.id
+    }
+
+    /// Fills `buf` from byte `at`. Holes read as zeroes and stay holes.
+    ///
+    /// # Errors
+    /// [`SysError::Range`] past the end; otherwise those of pread(2).
+    pub(crate) fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SysError> {
         self.geometry.check(at, ByteSize::new(buf.len() as u64))?;
         let (mut at, mut rest) = (at.get(), buf);
         while !rest.is_empty() {
@@ -51,12 +66,21 @@ impl File {
         Ok(())
     }
 
-    fn allocated(&self) -> Result<ByteSize, SysError> {
+    /// Memory (or swap) that the kernel holds for it. A hole that somebody read through a mapping counts as well, and so this grows when a clone
+    /// *reads* one: the kernel has no shared zero page for memory files.
+    ///
+    /// # Errors
+    /// Only if fstat(2) fails.
+    pub(crate) fn allocated(&self) -> Result<ByteSize, SysError> {
         let stat = checked(Call::Fstat, || rustix::fs::fstat(&self.fd))?;
         Ok(ByteSize::new((stat.st_blocks as u64).saturating_mul(512)))
     }
 
-    fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
+    /// The pages of `range` that the kernel holds anything for; the others are holes and read as zeroes. Two calls for each run.
+    ///
+    /// # Errors
+    /// [`SysError::Range`] past the end; otherwise those of lseek(2).
+    pub(crate) fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
         self.geometry.check_pages(range)?;
         let (mut at, end) = (PAGE.start_of(range.start()).get(), PAGE.start_of(range.end()).get());
         let mut set = PageSet::new();
@@ -78,9 +102,12 @@ impl File {
         Ok(set)
     }
 
-    /// A descriptor of the same file, closed on exec.
+    /// A descriptor of the same file for another process, closed on exec.
+    ///
+    /// # Errors
+    /// [`SysError::OutOfDescriptors`].
     #[cfg(feature = "qemu")]
-    fn share(&self) -> Result<OwnedFd, SysError> {
+    pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
         checked(Call::Dup, || rustix::io::fcntl_dupfd_cloexec(&self.fd, 0))
     }
 
@@ -135,6 +162,14 @@ pub(crate) enum FinalSeal {
     StillMapped,
 }
 
+impl Deref for Memfd {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.file
+    }
+}
+
 impl Memfd {
     /// A new memory file of `len` zero bytes, closed on exec, sealed against change of length. `name` is what
     /// /proc/self/maps shows (at most 249 bytes). No memory is allocated until it is written. About 2 µs.
@@ -157,49 +192,6 @@ impl Memfd {
         checked(Call::AddSeals, || rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK))?;
         let stat = checked(Call::Fstat, || rustix::fs::fstat(&fd))?;
         Ok(Self { file: File { fd, id: FileId { device: stat.st_dev, inode: stat.st_ino }, geometry } })
-    }
-
-    /// Length in bytes.
-    pub(crate) fn len(&self) -> ByteSize {
-        self.file.geometry.len()
-    }
-
-    /// A descriptor of the same file for another process, closed on exec.
-    ///
-    /// # Errors
-    /// [`SysError::OutOfDescriptors`].
-    #[cfg(feature = "qemu")]
-    pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
-        self.file.share()
-    }
-
-    /// Its identity.
-    pub(crate) fn id(&self) -> FileId {
-        self.file.id
-    }
-
-    /// Memory (or swap) that the kernel holds for it. A hole that somebody read through a mapping counts as well.
-    ///
-    /// # Errors
-    /// Only if fstat(2) fails.
-    pub(crate) fn allocated(&self) -> Result<ByteSize, SysError> {
-        self.file.allocated()
-    }
-
-    /// The pages of `range` that the kernel holds anything for; the others are holes and read as zeroes. Two calls for each run.
-    ///
-    /// # Errors
-    /// [`SysError::Range`] past the end; otherwise those of lseek(2).
-    pub(crate) fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
-        self.file.data_in(range)
-    }
-
-    /// Fills `buf` from byte `at`. Holes read as zeroes and stay holes.
-    ///
-    /// # Errors
-    /// [`SysError::Range`] past the end; otherwise those of pread(2).
-    pub(crate) fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SysError> {
-        self.file.read_at(at, buf)
     }
 
     /// Writes all of `buf` at byte `at`.
@@ -292,6 +284,14 @@ impl Memfd {
     }
 }
 
+impl Deref for SealedMemfd {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.file
+    }
+}
+
 impl SealedMemfd {
     /// Applies `F_SEAL_WRITE` now that the old shared view ought to be gone. Idempotent, and free once applied.
     ///
@@ -314,50 +314,6 @@ impl SealedMemfd {
     /// Whether `F_SEAL_WRITE` is on.
     pub(crate) fn is_write_sealed(&self) -> bool {
         self.write_sealed.load(Ordering::Acquire)
-    }
-
-    /// Length in bytes.
-    pub(crate) fn len(&self) -> ByteSize {
-        self.file.geometry.len()
-    }
-
-    /// A descriptor of the same file for another process, closed on exec.
-    ///
-    /// # Errors
-    /// [`SysError::OutOfDescriptors`].
-    #[cfg(feature = "qemu")]
-    pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
-        self.file.share()
-    }
-
-    /// Its identity.
-    pub(crate) fn id(&self) -> FileId {
-        self.file.id
-    }
-
-    /// See [`Memfd::allocated`]. Grows when a clone *reads* a hole through its mapping: the kernel has no shared zero
-    /// page for memory files.
-    ///
-    /// # Errors
-    /// Only if fstat(2) fails.
-    pub(crate) fn allocated(&self) -> Result<ByteSize, SysError> {
-        self.file.allocated()
-    }
-
-    /// See [`Memfd::data_in`].
-    ///
-    /// # Errors
-    /// [`SysError::Range`] past the end; otherwise those of lseek(2).
-    pub(crate) fn data_in(&self, range: PageRange) -> Result<PageSet, SysError> {
-        self.file.data_in(range)
-    }
-
-    /// See [`Memfd::read_at`].
-    ///
-    /// # Errors
-    /// [`SysError::Range`] past the end; otherwise those of pread(2).
-    pub(crate) fn read_at(&self, at: ByteOffset, buf: &mut [u8]) -> Result<(), SysError> {
-        self.file.read_at(at, buf)
     }
 
     /// Copies pages of this file over the same page numbers of a mapping, inside the kernel. In a private view the

@@ -28,8 +28,10 @@ mod host;
 pub mod live;
 mod model;
 mod pair;
+mod skip;
 
 pub use dice::Dice;
 pub use guest::{Scripted, ScriptedGuest, Trouble};
 pub use host::FakeHost;
 pub use model::{ByteSource, Flat};
+pub use skip::skip;

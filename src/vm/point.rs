@@ -110,16 +110,10 @@ impl<B: Backing> ForkPoint<B> {
     ///
     /// ```
     /// # use offshoot::{*, backing::Heap, page::*, ram::*};
-    /// # struct Idle;
-    /// # impl Guest for Idle {
-    /// #     fn pause(&mut self) -> Result<(), BoxError> { Ok(()) }
-    /// #     fn save(&mut self) -> Result<DeviceState, BoxError> { Ok(DeviceState::from_bytes(vec![])) }
-    /// #     fn resume(&mut self) -> Result<(), BoxError> { Ok(()) }
-    /// # }
     /// # let layout = RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4)?;
     /// # let vm: Vm<Heap> = Vm::new(&Tree::default(), VmName::new("web")?, layout, vec![])?;
     /// # vm.start()?;
-    /// let point = vm.fork(&mut Idle)?;
+    /// let point = vm.fork(&mut AtRest(DeviceState::from_bytes([])))?;
     /// let clone = point.spawn_with(CloneSpec::default(), |clone| {
     ///     let id = clone.identity().generation.bytes();
     ///     Ok(clone.ram().write(GuestAddress::new(0x1000), &id)?)

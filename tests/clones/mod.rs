@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use offshoot::SpaceError;
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, PageCount, PageIndex, PageRange};
-use offshoot::SpaceError;
 use offshoot::store::{
     CloneError, CloneName, CloneStore, Durable, DurableImage, Folder, Health, Job, Kind, Problem, StoreOptions,
 };
@@ -317,7 +317,8 @@ impl Player {
         let pages = now.len() / PAGE;
         let mut put = |page: usize, bytes: Vec<u8>| now[page * PAGE..(page + 1) * PAGE].copy_from_slice(&bytes);
         // Every sector changes once at most, so that what a cut leaves of it is old or new. The guest has the upper half.
-        let early: Vec<(usize, Vec<u8>)> = (0..pages / 2).take(dice.below(4) as usize).map(|at| (at, dice.bytes(PAGE as u64))).collect();
+        let early: Vec<(usize, Vec<u8>)> =
+            (0..pages / 2).take(dice.below(4) as usize).map(|at| (at, dice.bytes(PAGE as u64))).collect();
         let guest = Guest {
             disk: &disk,
             page: pages / 2 + dice.below((pages - pages / 2) as u64) as usize,
@@ -357,7 +358,8 @@ impl Player {
             bytes
         };
         // What it may have written if this fails.
-        after.get_mut(clone).expect("it is there").now[guest.page * PAGE..(guest.page + 1) * PAGE].copy_from_slice(&guest.bytes);
+        after.get_mut(clone).expect("it is there").now[guest.page * PAGE..(guest.page + 1) * PAGE]
+            .copy_from_slice(&guest.bytes);
         let report = |_| guest.turn();
         let job = Job::new().report(&report);
         let done = match which {

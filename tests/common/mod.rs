@@ -2,6 +2,11 @@
 
 #![allow(dead_code, reason = "each test that includes this file uses some of it")]
 
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub mod lives;
+#[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
+pub mod machine;
+
 use offshoot::backing::{AnyPage, Backing, Heap};
 use offshoot::disk::{Access, Disk};
 use offshoot::page::{ByteSize, GuestAddress, PageSize, SectorCount};

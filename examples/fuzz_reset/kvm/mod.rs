@@ -7,8 +7,8 @@ use std::sync::Arc;
 use kvm_ioctls::VcpuExit;
 use offshoot::backing::Mapped;
 use offshoot::frontend::kvm::{
-    Devices, DirtyLog, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part, Target, VcpuIndex, VmBuilder,
-    finish_exit,
+    Devices, DirtyLog, KvmHost, KvmMachine, MachinePlan, MachineState, MsrIndex, Part, Target, VcpuCount, VcpuIndex,
+    VmBuilder, finish_exit,
 };
 use offshoot::page::{ByteSize, PageCount, PageSet, PageSize};
 use offshoot::ram::{Ram, RamLayout};
@@ -38,7 +38,7 @@ impl Kvm {
 
     fn build(&self, vm: &Vm<Mapped>) -> Result<KvmMachine, BoxError> {
         let slots = VmBuilder::new(&self.host)?.engine_ram_with_log(vm.ram(), DirtyLog::On)?;
-        Ok(slots.devices(Devices::NONE)?.vcpus(1)?)
+        Ok(slots.devices(Devices::NONE)?.vcpus(VcpuCount::ONE)?)
     }
 }
 

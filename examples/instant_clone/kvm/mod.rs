@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use offshoot::backing::Mapped;
-use offshoot::frontend::kvm::{Devices, KvmHost, KvmMachine, MachinePlan, MachineState, RamSlot, VcpuIndex, VmBuilder};
+use offshoot::frontend::kvm::{
+    Devices, KvmHost, KvmMachine, MachinePlan, MachineState, RamSlot, VcpuCount, VcpuIndex, VmBuilder,
+};
 use offshoot::page::{ByteSize, PageSize};
 use offshoot::ram::RamLayout;
 use offshoot::{BoxError, DeviceState, Vm};
@@ -45,7 +47,7 @@ impl Kvm {
     }
 
     /// An empty machine over a VM's RAM.
-    fn build(&self, vm: &Vm<Mapped>, devices: Devices, vcpus: usize) -> Result<KvmMachine, BoxError> {
+    fn build(&self, vm: &Vm<Mapped>, devices: Devices, vcpus: VcpuCount) -> Result<KvmMachine, BoxError> {
         Ok(VmBuilder::new(&self.host)?.engine_ram(vm.ram())?.devices(devices)?.vcpus(vcpus)?)
     }
 }
@@ -69,7 +71,7 @@ impl Hypervisor for Kvm {
     }
 
     fn power_on(&self, vm: &Vm<Mapped>, lanes: &[Lane]) -> Result<(Chassis, Vec<KvmCpu>), BoxError> {
-        let machine = self.build(vm, Devices::NONE, lanes.len())?;
+        let machine = self.build(vm, Devices::NONE, VcpuCount::new(lanes.len() as u64))?;
         for (vcpu, lane) in machine.vcpus().iter().zip(lanes) {
             vcpu.set_cpuid2(self.host.supported_cpuid())?;
             vcpu.set_sregs(&long_mode::enter(vcpu.get_sregs()?))?;

@@ -222,9 +222,7 @@ fn a_live_fork_goes_on_and_takes_what_was_copied_back() {
         put(&parent, 5, 20 + round);
         put(&parent, 45, 20 + round);
         let Begun::Watching(mut attempt) = parent.precopy(Onward::Here).unwrap() else {
-            assert!(std::env::var("OFFSHOOT_REQUIRE").is_err(), "no write protection here");
-            eprintln!("SKIPPED: this kernel has no asynchronous write protection");
-            return;
+            return crate::testing::skip("this kernel has no asynchronous write protection");
         };
         let found = attempt.look().unwrap();
         attempt.copy(found).unwrap();

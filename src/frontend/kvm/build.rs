@@ -9,6 +9,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::call::KvmCall;
 use super::chips::{Devices, Irqchips, Pit};
+use super::count::VcpuCount;
 use super::dirty;
 use super::error::KvmError;
 use super::host::KvmHost;
@@ -116,11 +117,11 @@ impl VmWithDevices {
     ///
     /// # Errors
     /// [`KvmError::Vcpu`] with `KVM_CREATE_VCPU`.
-    pub fn vcpus(self, count: usize) -> Result<KvmMachine, KvmError> {
-        let vcpus = (0..count)
+    pub fn vcpus(self, count: VcpuCount) -> Result<KvmMachine, KvmError> {
+        let vcpus = (0..count.get())
             .map(|id| {
                 let index = VcpuIndex::new(id as u32);
-                self.vm.create_vcpu(id as u64).map_err(vcpu_error(KvmCall::CreateVcpu, index))
+                self.vm.create_vcpu(id).map_err(vcpu_error(KvmCall::CreateVcpu, index))
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(KvmMachine { vcpus, slots: self.slots, vm: self.vm })

@@ -106,7 +106,7 @@ fn run_nowhere(vcpu: &mut VcpuFd, index: VcpuIndex) -> Result<(), KvmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::kvm::{Devices, VmBuilder};
+    use crate::frontend::kvm::{Devices, VcpuCount, VmBuilder};
     use crate::sys::kvm::Plain;
 
     fn same(one: &kvm_sync_regs, two: &kvm_sync_regs) -> bool {
@@ -118,7 +118,7 @@ mod tests {
     fn both_ways_move_the_same() {
         let Some(host) = crate::frontend::kvm::host::or_skip() else { return };
         let built = VmBuilder::new(&host).and_then(|vm| vm.devices(Devices::NONE));
-        let mut machine = built.and_then(|vm| vm.vcpus(1)).unwrap();
+        let mut machine = built.and_then(|vm| vm.vcpus(VcpuCount::ONE)).unwrap();
         let (vcpu, index) = (&mut machine.vcpus_mut()[0], VcpuIndex::new(0));
         let ways = [host.core_way(), Way::Calls];
         for (n, way) in ways.into_iter().chain(ways).enumerate() {

@@ -4,6 +4,7 @@
 use std::io;
 
 use super::call::KvmCall;
+use super::count::VcpuCount;
 use super::msr::MsrIndex;
 use super::ram::SlotNumber;
 use super::vcpu::VcpuIndex;
@@ -51,12 +52,12 @@ pub enum KvmError {
         present: Option<u64>,
     },
     /// The number of vCPUs handed over is not the machine's.
-    #[error("the machine has {expected} vCPUs, but {given} were handed over; hand over all of them, in the same order")]
+    #[error("the machine has {expected}, but {given} were handed over; hand over all of them, in the same order")]
     VcpuCount {
         /// How many the plan or the state has.
-        expected: usize,
+        expected: VcpuCount,
         /// How many were given.
-        given: usize,
+        given: VcpuCount,
     },
     /// The captured vector state does not fit this host's.
     #[error(

@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use super::call::KvmCall;
 use super::chips::{ChipState, Devices, Irqchips};
 use super::core;
+use super::count::VcpuCount;
 use super::error::KvmError;
 use super::host::KvmHost;
 use super::msr::MsrIndex;
@@ -44,8 +45,8 @@ impl MachinePlan {
     }
 
     /// How many vCPUs the machine has.
-    pub fn vcpu_count(&self) -> usize {
-        self.vcpus.len()
+    pub fn vcpu_count(&self) -> VcpuCount {
+        VcpuCount::of(&self.vcpus)
     }
 }
 
@@ -140,7 +141,7 @@ impl MachineState {
         vcpus: &mut [V],
         mut read_core: impl FnMut(&mut V, VcpuIndex) -> Result<kvm_sync_regs, KvmError>,
     ) -> Result<Self, KvmError> {
-        check_count(plan.vcpus.len(), vcpus.len())?;
+        check_count(&plan.vcpus, vcpus)?;
         let irqchips = plan.devices.irqchips;
         // Asking for the MP state makes the kernel act on a pending INIT or SIPI: all vCPUs before any register. Without in-kernel chips
         // there is nothing to ask.
@@ -180,7 +181,7 @@ impl MachineState {
     /// # Errors
     /// [`KvmError`] names the call that the host refused.
     pub fn prepare<V: Borrow<VcpuFd>>(&self, host: &KvmHost, vcpus: &[V]) -> Result<(), KvmError> {
-        check_count(self.vcpus.len(), vcpus.len())?;
+        check_count(&self.vcpus, vcpus)?;
         for ((index, vcpu), state) in numbered(vcpus).zip(&self.vcpus) {
             state.prepare(host, vcpu, index)?;
         }
@@ -203,7 +204,7 @@ impl MachineState {
         vcpus: &mut [V],
         target: Target,
     ) -> Result<(), KvmError> {
-        check_count(self.vcpus.len(), vcpus.len())?;
+        check_count(&self.vcpus, vcpus)?;
         for ((position, vcpu), state) in vcpus.iter_mut().enumerate().zip(&self.vcpus) {
             state.load(host, vcpu.borrow_mut(), VcpuIndex::new(position as u32), target)?;
         }
@@ -242,8 +243,8 @@ impl MachineState {
     }
 
     /// How many vCPUs a machine needs to take this state.
-    pub fn vcpu_count(&self) -> usize {
-        self.vcpus.len()
+    pub fn vcpu_count(&self) -> VcpuCount {
+        VcpuCount::of(&self.vcpus)
     }
 
     /// What one vCPU's guest is told about its processor.
@@ -262,7 +263,9 @@ impl fmt::Debug for MachineState {
     }
 }
 
-fn check_count(expected: usize, given: usize) -> Result<(), KvmError> {
+/// Whether there is a vCPU for each that is known of.
+fn check_count<T, V>(known: &[T], vcpus: &[V]) -> Result<(), KvmError> {
+    let (expected, given) = (VcpuCount::of(known), VcpuCount::of(vcpus));
     if expected == given { Ok(()) } else { Err(KvmError::VcpuCount { expected, given }) }
 }
 

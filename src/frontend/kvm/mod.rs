@@ -19,6 +19,7 @@
 //! | `vcpu.rs`, `core.rs`, `msr.rs`, `chips.rs` | one vCPU, its registers, the machine's devices |
 //! | `encode.rs`, `decode.rs` | the stable bytes |
 //! | `diff.rs` | where two states differ, by name |
+//! | `count.rs` | numbers of vCPUs and of shells |
 //! | `call.rs`, `error.rs` | names of calls, errors with advice |
 //!
 //! # A clone from nothing to its first instruction
@@ -47,6 +48,7 @@ mod build;
 mod call;
 mod chips;
 mod core;
+mod count;
 mod decode;
 mod diff;
 mod dirty;
@@ -66,6 +68,7 @@ mod vcpu;
 pub use build::{KvmMachine, VmBuilder, VmWithDevices};
 pub use call::KvmCall;
 pub use chips::{Clock, Devices, Irqchips, Pit};
+pub use count::{ShellCount, VcpuCount};
 pub use diff::{Difference, Part};
 pub use encode::{FORMAT_VERSION, MAX_ENCODED_SIZE};
 pub use error::{DecodeError, KvmError};

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use super::build::{KvmMachine, create_devices};
 use super::call::KvmCall;
 use super::chips::Devices;
+use super::count::{ShellCount, VcpuCount};
 use super::error::KvmError;
 use super::host::KvmHost;
 use super::machine::{MachinePlan, MachineState};
@@ -58,8 +59,8 @@ impl ShellShape {
     }
 
     /// How many vCPUs each has.
-    pub fn vcpu_count(&self) -> usize {
-        self.vcpus.len()
+    pub fn vcpu_count(&self) -> VcpuCount {
+        VcpuCount::of(&self.vcpus)
     }
 
     /// Which guest addresses are RAM.
@@ -69,12 +70,12 @@ impl ShellShape {
 
     /// Descriptors that one takes: the machine's and each vCPU's.
     pub fn descriptors(&self) -> u64 {
-        1 + self.vcpus.len() as u64
+        1 + self.vcpu_count().get()
     }
 
     /// Kernel mappings that one takes: each vCPU's communication page. Its RAM comes later.
     pub fn mappings(&self) -> u64 {
-        self.vcpus.len() as u64
+        self.vcpu_count().get()
     }
 
     /// Whether a machine of this shape can be loaded with `state`, and if not, why.
@@ -114,10 +115,10 @@ pub enum ShellError {
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     /// Too many shells.
-    #[error("{limit} shells exist, ready or taken and not yet entered: drop some, or raise PoolLimits::alive")]
+    #[error("{limit} exist, ready or taken and not yet entered: drop some, or raise PoolLimits::alive")]
     ShellLimit {
         /// The limit.
-        limit: u32,
+        limit: ShellCount,
     },
     /// There is no room in this process or on this host for one more.
     #[error(transparent)]

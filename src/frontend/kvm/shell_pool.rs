@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::build::KvmMachine;
+use super::count::ShellCount;
 use super::machine::MachineState;
 use super::shell::{Shell, ShellError, ShellShape};
 use crate::admission::{Admission, Gate, Needs, Pass};
@@ -31,11 +32,11 @@ use crate::{BoxError, CloneSpec, ForkPoint, SpawnError, Vm};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PoolLimits {
     /// Shells kept ready. The thread starts to refill when half of them are gone.
-    pub ready: u32,
+    pub ready: ShellCount,
     /// How long nobody must have taken a shell before the thread builds the next, unless none is left.
     pub quiet: Duration,
     /// Shells that exist at once: ready, or taken and not yet entered.
-    pub alive: u32,
+    pub alive: ShellCount,
     /// Descriptors that a new shell must leave free in this process.
     pub spare_descriptors: u64,
     /// Memory mappings that a new shell must leave free in this process.
@@ -49,7 +50,14 @@ impl Default for PoolLimits {
     fn default() -> Self {
         let Admission { spare_descriptors, spare_mappings, spare_memory, .. } = Admission::default();
         let quiet = Duration::from_millis(2);
-        Self { ready: 8, quiet, alive: 64, spare_descriptors, spare_mappings, spare_memory }
+        Self {
+            ready: ShellCount::new(8),
+            quiet,
+            alive: ShellCount::new(64),
+            spare_descriptors,
+            spare_mappings,
+            spare_memory,
+        }
     }
 }
 
@@ -57,23 +65,23 @@ impl Default for PoolLimits {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PoolStats {
     /// On the shelf.
-    pub ready: u64,
+    pub ready: ShellCount,
     /// On the shelf, or taken and not yet entered.
-    pub alive: u64,
+    pub alive: ShellCount,
     /// Built since the pool was made.
-    pub built: u64,
+    pub built: ShellCount,
     /// Builds that failed or were refused.
-    pub failed: u64,
+    pub failed: ShellCount,
     /// Taken off the shelf.
-    pub taken: u64,
+    pub taken: ShellCount,
     /// Built on the caller's time, because the shelf was empty.
-    pub built_on_demand: u64,
+    pub built_on_demand: ShellCount,
     /// Became machines.
-    pub entered: u64,
+    pub entered: ShellCount,
     /// Dropped without becoming one, those drained included.
-    pub discarded: u64,
+    pub discarded: ShellCount,
     /// Of those, how many because something else was mapped in their hole.
-    pub holes_lost: u64,
+    pub holes_lost: ShellCount,
 }
 
 /// A bounded store of shells of one shape.
@@ -83,9 +91,9 @@ pub struct PoolStats {
 /// machine in turn. Keep as many as come in one burst, and no more.
 ///
 /// ```no_run
-/// use offshoot::frontend::kvm::{MachineState, PoolLimits, ShellPool, ShellShape};
+/// use offshoot::frontend::kvm::{MachineState, PoolLimits, ShellCount, ShellPool, ShellShape};
 /// # fn example(shape: ShellShape, point: &offshoot::ForkPoint<offshoot::backing::Mapped>) -> Result<(), Box<dyn std::error::Error>> {
-/// let pool = ShellPool::new(shape, PoolLimits { ready: 4, ..PoolLimits::default() })?;
+/// let pool = ShellPool::new(shape, PoolLimits { ready: ShellCount::new(4), ..PoolLimits::default() })?;
 /// let state: &MachineState = point.device_state().object().expect("saved by this front end");
 /// let (clone, mut machine) = pool.spawn(point, state, Default::default())?;
 /// clone.start()?;
@@ -112,14 +120,24 @@ struct Shared {
 #[derive(Default)]
 struct Shelf {
     ready: VecDeque<Shell>,
-    /// How many are to be ready; 0 once drained.
-    target: u32,
+    /// How many are to be ready; none once drained.
+    target: ShellCount,
     /// Filled up to the target, or failed at it, since it was last woken.
     rested: bool,
     failed: Option<ShellError>,
     /// Before this nothing is built, unless the shelf is empty.
     quiet_until: Option<Instant>,
     stopping: bool,
+}
+
+impl Shelf {
+    fn count(&self) -> ShellCount {
+        ShellCount::new(self.ready.len() as u64)
+    }
+
+    fn is_full(&self) -> bool {
+        self.count() >= self.target
+    }
 }
 
 #[derive(Default)]
@@ -149,10 +167,10 @@ pub(super) struct Ticket {
 }
 
 impl Ticket {
-    fn issue(counters: &Arc<Counters>, limit: u32) -> Result<Self, ShellError> {
+    fn issue(counters: &Arc<Counters>, limit: ShellCount) -> Result<Self, ShellError> {
         let ticket = Self { counters: Arc::clone(counters), hole: None, pass: None, entered: false };
         // Counted first and given back by the drop, so that two threads at the limit cannot both pass it.
-        if counters.alive.fetch_add(1, Ordering::Relaxed) < u64::from(limit) {
+        if counters.alive.fetch_add(1, Ordering::Relaxed) < limit.get() {
             return Ok(ticket);
         }
         Err(ShellError::ShellLimit { limit })
@@ -201,7 +219,7 @@ impl Shared {
     fn refill(&self) {
         let mut shelf = self.shelf.lock();
         while !shelf.stopping {
-            if shelf.rested || shelf.ready.len() >= shelf.target as usize {
+            if shelf.rested || shelf.is_full() {
                 shelf.rested = true;
                 self.filled.notify_all();
                 self.work.wait(&mut shelf);
@@ -216,7 +234,7 @@ impl Shared {
             shelf = self.shelf.lock();
             match built {
                 // Drained meanwhile: too late for the shelf.
-                Ok(shell) if shelf.ready.len() >= shelf.target as usize => {
+                Ok(shell) if shelf.is_full() => {
                     parking_lot::MutexGuard::unlocked(&mut shelf, || drop(shell));
                 }
                 Ok(shell) => {
@@ -270,7 +288,7 @@ impl ShellPool {
         let mut shelf = self.shared.shelf.lock();
         let shell = shelf.ready.pop_front();
         shelf.quiet_until = Some(Instant::now() + self.shared.limits.quiet);
-        if shelf.ready.len() * 2 <= shelf.target as usize {
+        if shelf.count().get() * 2 <= shelf.target.get() {
             self.shared.wake(&mut shelf);
         }
         if shell.is_some() {
@@ -294,13 +312,14 @@ impl ShellPool {
 
     /// Drops every shell on the shelf and makes no more until [`ShellPool::refill`]; returns how many they were. Shells that were taken are not
     /// touched, and [`ShellPool::take`] goes on to build on demand.
-    pub fn drain(&self) -> usize {
+    pub fn drain(&self) -> ShellCount {
+        // They go once the lock is free.
         let shells = {
             let mut shelf = self.shared.shelf.lock();
-            shelf.target = 0;
+            shelf.target = ShellCount::ZERO;
             take(&mut shelf.ready)
         };
-        shells.len()
+        ShellCount::new(shells.len() as u64)
     }
 
     /// Fills the shelf again, in the background: after [`ShellPool::drain`], or after what kept shells from being made is mended.
@@ -316,7 +335,7 @@ impl ShellPool {
     /// What kept the thread from filling it, once.
     pub fn wait_filled(&self) -> Result<(), ShellError> {
         let mut shelf = self.shared.shelf.lock();
-        if shelf.ready.len() < shelf.target as usize {
+        if !shelf.is_full() {
             shelf.quiet_until = None;
             self.shared.wake(&mut shelf);
         }
@@ -328,9 +347,9 @@ impl ShellPool {
 
     /// Figures. Exact once the threads that take and drop shells have come to rest.
     pub fn stats(&self) -> PoolStats {
-        let ready = self.shared.shelf.lock().ready.len() as u64;
+        let ready = self.shared.shelf.lock().count();
         let counters = &self.shared.counters;
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let read = |counter: &AtomicU64| ShellCount::new(counter.load(Ordering::Relaxed));
         PoolStats {
             ready,
             alive: read(&counters.alive),
@@ -417,18 +436,19 @@ impl fmt::Debug for ShellPool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::kvm::{Devices, MachinePlan, VmBuilder};
+    use crate::frontend::kvm::{Devices, MachinePlan, VcpuCount, VmBuilder};
     use crate::page::PageSize;
     use crate::ram::RamLayout;
 
     #[test]
     fn a_failure_that_was_made_good_is_not_told() {
         let Some(host) = crate::frontend::kvm::host::or_skip() else { return };
-        let machine = VmBuilder::new(&host).unwrap().devices(Devices::NONE).unwrap().vcpus(1).unwrap();
+        let machine = VmBuilder::new(&host).unwrap().devices(Devices::NONE).unwrap().vcpus(VcpuCount::ONE).unwrap();
         machine.vcpus()[0].set_cpuid2(host.supported_cpuid()).unwrap();
         let plan = MachinePlan::read(&host, machine.vcpus(), Devices::NONE).unwrap();
         let shape = ShellShape::new(&plan, &RamLayout::flat(ByteSize::mib(1), PageSize::KIB_4).unwrap());
-        let pool = ShellPool::new(shape, PoolLimits { ready: 2, alive: 2, ..PoolLimits::default() }).unwrap();
+        let two = ShellCount::new(2);
+        let pool = ShellPool::new(shape, PoolLimits { ready: two, alive: two, ..PoolLimits::default() }).unwrap();
         pool.wait_filled().unwrap();
         let taken = [pool.try_take().unwrap(), pool.try_take().unwrap()];
         // Until the thread has met the limit, and rests.
@@ -438,6 +458,6 @@ mod tests {
         }
         drop(taken);
         pool.wait_filled().unwrap();
-        assert_eq!(pool.stats().ready, 2);
+        assert_eq!(pool.stats().ready, two);
     }
 }

@@ -302,7 +302,7 @@ fn has_fresh_xcrs(xcrs: &kvm_xcrs) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::kvm::{Clock, Devices, MachinePlan, Pit, VmBuilder};
+    use crate::frontend::kvm::{Clock, Devices, MachinePlan, Pit, VcpuCount, VmBuilder};
 
     /// What `load` leaves out for a fresh vCPU is right only while a fresh vCPU holds exactly that.
     #[test]
@@ -310,8 +310,10 @@ mod tests {
         let Some(host) = crate::frontend::kvm::host::or_skip() else { return };
         for irqchips in [Irqchips::Absent, Irqchips::InKernel] {
             let devices = Devices { irqchips, pit: Pit::Absent, clock: Clock::Left };
-            let mut machine =
-                VmBuilder::new(&host).and_then(|vm| vm.devices(devices)).and_then(|vm| vm.vcpus(2)).unwrap();
+            let mut machine = VmBuilder::new(&host)
+                .and_then(|vm| vm.devices(devices))
+                .and_then(|vm| vm.vcpus(VcpuCount::new(2)))
+                .unwrap();
             for vcpu in machine.vcpus() {
                 vcpu.set_cpuid2(host.supported_cpuid()).unwrap();
             }

@@ -74,7 +74,11 @@ impl CloneStore {
         let held = self.hold(&catalogue, name, Hold::Briefly)?;
         check_clone(&held, "reset")?;
         let CloneRecord { origin, origin_pages, .. } = held.record;
-        self.replace(&mut catalogue, &held, Replaced { top: origin, origin, pages: origin_pages, origin_pages, made: None })
+        self.replace(
+            &mut catalogue,
+            &held,
+            Replaced { top: origin, origin, pages: origin_pages, origin_pages, made: None },
+        )
     }
 
     /// Makes a disk longer, by zeroes. Its parent stays as it is. O(1).
@@ -269,7 +273,11 @@ impl CloneStore {
     }
 
     /// The layers from `top` down to `bottom`, which is left out; all of them, where it is not among them.
-    pub(super) fn layers_above(&self, top: Option<LayerId>, bottom: Option<LayerId>) -> Result<Vec<LayerId>, CloneError> {
+    pub(super) fn layers_above(
+        &self,
+        top: Option<LayerId>,
+        bottom: Option<LayerId>,
+    ) -> Result<Vec<LayerId>, CloneError> {
         let (rows, names) = (self.0.catalogue.lock().layers()?, self.names()?);
         let chain = chain(self.folder(), &rows, &names, top);
         Ok(chain.layers.into_iter().take_while(|id| Some(*id) != bottom).collect())

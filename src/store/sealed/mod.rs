@@ -7,10 +7,14 @@
 //! header | data pages | checksum blocks | index blocks | trailer          all in blocks of 4 KiB
 //! ```
 
+mod checks;
+mod copy;
+mod pages;
 mod read;
 mod verify;
 mod write;
 
+pub(super) use copy::{Run, Zeroes, copy};
 pub(super) use read::SealedFile;
 pub use verify::Verified;
 pub(super) use write::Writer;

@@ -1,24 +1,17 @@
 //! Reading a sealed layer. Every number in it may be a lie: all are checked against the file's length and one another first.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-
-use parking_lot::RwLock;
-
 use super::super::file::{self, NamedFile};
 use super::super::id::LayerId;
 use super::super::medium::{Folder, Sharing};
 use super::super::overlay::Shape;
 use super::super::record::{BLOCK, BLOCK_LEN, Purpose, Record};
+use super::checks::{CheckTable, Checks};
 use super::{
     CHECKS, CHECKS_MAGIC, EXTENTS, Fingerprint, HEADER_MAGIC, INDEX_MAGIC, Kind, Parts, TRAILER_MAGIC, file_name,
     header, is_block, tag, trailer,
 };
 use crate::error::StoreError;
 use crate::page::{PageIndex, PageRange};
-
-/// Pages that are read at once to be checked.
-pub(super) const CHUNK: u64 = 64;
 
 /// A sealed layer that is open.
 #[derive(Debug)]
@@ -29,14 +22,12 @@ pub(in super::super) struct SealedFile {
     shape: Shape,
     pub(super) parts: Parts,
     content: [u8; 16],
-    /// Blocks of checksums that were needed so far, by number: 4 bytes for each page of the parts that are read.
-    checks: RwLock<HashMap<u64, Arc<Checks>>>,
+    /// Those that were needed so far.
+    checks: CheckTable,
 }
 
-type Checks = [u32; CHECKS as usize];
-
 /// A page that is not what was written.
-pub(super) enum PageError {
+enum PageError {
     /// It does not match its checksum: the page of the file.
     Damaged(u64),
     /// It could not be read, or its checksum could not.
@@ -88,7 +79,7 @@ impl SealedFile {
             bytes => Some(LayerId::from_bytes(bytes)),
         };
         let content = tail.bytes_at(trailer::CONTENT);
-        Ok(Self { file, id, parent, shape, parts, content, checks: RwLock::default() })
+        Ok(Self { file, id, parent, shape, parts, content, checks: CheckTable::new(parts) })
     }
 
     pub(in super::super) fn file(&self) -> &NamedFile {
@@ -159,9 +150,9 @@ impl SealedFile {
         Ok(())
     }
 
-    fn load_checks(&self, number: u64) -> Result<Arc<Checks>, StoreError> {
-        if let Some(checks) = self.checks.read().get(&number) {
-            return Ok(checks.clone());
+    fn load_checks(&self, number: u64) -> Result<&Checks, StoreError> {
+        if let Some(checks) = self.checks.get(number) {
+            return Ok(checks);
         }
         let at = self.parts.checks_at() + number * BLOCK_LEN;
         let mut block = [0; BLOCK];
@@ -169,7 +160,7 @@ impl SealedFile {
         if !is_block(&block, CHECKS_MAGIC, number, tag(self.id)) {
             return Err(self.file.damaged("a block of checksums does not match its own", at));
         }
-        let mut checks = [0; CHECKS as usize];
+        let mut checks = Box::new([0; CHECKS as usize]);
         for (check, bytes) in checks.iter_mut().zip(block[24..].chunks_exact(4)) {
             *check = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         }
@@ -177,20 +168,34 @@ impl SealedFile {
         if checks[used..].iter().any(|check| *check != 0) {
             return Err(self.file.damaged("there is something after the last checksum", at));
         }
-        let checks = Arc::new(checks);
-        self.checks.write().insert(number, checks.clone());
-        Ok(checks)
+        Ok(self.checks.keep(number, checks))
     }
 
     /// Reads whole pages of the file, and checks each.
-    pub(super) fn read_pages(&self, first: u64, buf: &mut [u8]) -> Result<(), PageError> {
-        self.file.read(BLOCK_LEN + first * BLOCK_LEN, buf)?;
-        for (page, bytes) in (first..).zip(buf.chunks_exact(BLOCK)) {
-            if self.load_checks(page / CHECKS)?[(page % CHECKS) as usize] != crc32fast::hash(bytes) {
-                return Err(PageError::Damaged(page));
+    fn read_pages(&self, first: u64, buf: &mut [u8]) -> Result<(), PageError> {
+        self.read_unchecked(first, buf)?;
+        self.first_damaged(first, buf)?.map_or(Ok(()), |page| Err(PageError::Damaged(page)))
+    }
+
+    /// Reads whole pages of the file, which are to be checked.
+    pub(super) fn read_unchecked(&self, first: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        self.file.read(BLOCK_LEN + first * BLOCK_LEN, buf)
+    }
+
+    /// The first of these pages of the file that does not match its checksum.
+    pub(super) fn first_damaged(&self, first: u64, bytes: &[u8]) -> Result<Option<u64>, StoreError> {
+        let (mut page, mut rest) = (first, bytes.as_chunks::<BLOCK>().0);
+        while !rest.is_empty() {
+            let within = (page % CHECKS) as usize;
+            let checks = &self.load_checks(page / CHECKS)?[within..];
+            let (here, after) = rest.split_at(rest.len().min(checks.len()));
+            let matches = |(bytes, check): (&[u8; BLOCK], &u32)| crc32fast::hash(bytes) == *check;
+            if let Some(at) = here.iter().zip(checks).position(|pair| !matches(pair)) {
+                return Ok(Some(page + at as u64));
             }
+            (page, rest) = (page + here.len() as u64, after);
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Fills `buf` from byte `at` of the data, where `shift` is what a page of the file is further on than the page of the disk.

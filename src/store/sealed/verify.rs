@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::super::job::Job;
 use super::super::record::BLOCK;
 use super::SealedFile;
-use super::read::{CHUNK, PageError};
+use super::pages::PageBuffer;
 use crate::error::StoreError;
 use crate::page::{PageCount, PageIndex, PageSet};
 
@@ -21,57 +21,44 @@ pub struct Verified {
     pub damaged: PageSet,
 }
 
+/// Pages that are read at once: a buffer that stays in a core's cache between the read and the checksum.
+const CHUNK: u64 = 64;
+
 impl SealedFile {
     /// Checks everything, 256 KiB at a time and in parallel.
     ///
     /// # Errors
     /// A table that is damaged, or a page that cannot be read; [`StoreError::Cancelled`]. Damaged pages are no error: they are named.
-    pub(in super::super) fn verify(
-        &self,
-        threads: &rayon::ThreadPool,
-        job: &Job<'_>,
-    ) -> Result<Verified, StoreError> {
-        if self.fingerprint()?.bytes() != self.content() {
-            return Err(self.file().damaged("its tables are not those that its content id was made from", 0));
-        }
+    pub(in super::super) fn verify(&self, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Verified, StoreError> {
         let total = self.parts.data_pages;
         let (done, damaged) = (AtomicU64::new(0), Mutex::new(Vec::new()));
-        let starts: Vec<u64> = (0..total.div_ceil(CHUNK)).collect();
-        threads.install(|| {
-            // A buffer for each thread, small enough to stay in its cache between the read and the checksum.
-            starts.par_iter().try_for_each_init(Vec::new, |buf, chunk| {
+        let buffer = || PageBuffer::new(PageCount::new(CHUNK));
+        let check_all = || {
+            (0..total.div_ceil(CHUNK)).into_par_iter().try_for_each_init(buffer, |buf, chunk| {
                 let first = chunk * CHUNK;
                 let pages = CHUNK.min(total - first);
-                self.check_chunk(first, pages, buf, &damaged)?;
+                self.check_chunk(first, &mut buf.bytes_mut()[..pages as usize * BLOCK], &damaged)?;
                 let done = done.fetch_add(pages, Ordering::Relaxed) + pages;
                 job.step(self.id, done, total)
             })
-        })?;
+        };
+        // The fingerprint is one chain of multiplications: it goes beside the pages.
+        let (fingerprint, checked) = threads.join(|| self.fingerprint(), check_all);
+        if fingerprint?.bytes() != self.content() {
+            return Err(self.file().damaged("its tables are not those that its content id was made from", 0));
+        }
+        checked?;
         let mut in_file = damaged.into_inner();
         in_file.sort_unstable();
         Ok(Verified { pages: PageCount::new(total), damaged: self.pages_of_disk(&in_file)? })
     }
 
-    fn check_chunk(
-        &self,
-        first: u64,
-        pages: u64,
-        buf: &mut Vec<u8>,
-        damaged: &Mutex<Vec<u64>>,
-    ) -> Result<(), StoreError> {
-        buf.resize(pages as usize * BLOCK, 0);
-        match self.read_pages(first, buf) {
-            Ok(()) => return Ok(()),
-            Err(PageError::Store(error)) => return Err(error),
-            Err(PageError::Damaged(_)) => {}
-        }
-        // There may be more than the one that it stopped at.
-        for page in first..first + pages {
-            match self.read_pages(page, &mut buf[..BLOCK]) {
-                Err(PageError::Damaged(page)) => damaged.lock().push(page),
-                Err(PageError::Store(error)) => return Err(error),
-                Ok(()) => {}
-            }
+    fn check_chunk(&self, first: u64, buf: &mut [u8], damaged: &Mutex<Vec<u64>>) -> Result<(), StoreError> {
+        self.read_unchecked(first, buf)?;
+        let mut next = first;
+        while let Some(page) = self.first_damaged(next, &buf[(next - first) as usize * BLOCK..])? {
+            damaged.lock().push(page);
+            next = page + 1;
         }
         Ok(())
     }

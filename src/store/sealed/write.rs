@@ -10,14 +10,17 @@ use super::super::id::{LayerId, PARTIAL};
 use super::super::medium::{Folder, Sharing};
 use super::super::overlay::Shape;
 use super::super::record::{BLOCK, Record};
+use super::copy::Batch;
 use super::{
     CHECKS, CHECKS_MAGIC, EXTENTS, Extent, Fingerprint, HEADER_MAGIC, INDEX_MAGIC, Kind, Parts, TRAILER_MAGIC,
     file_name, header, seal_block, tag, trailer,
 };
 use crate::error::StoreError;
-use crate::page::{PageIndex, PageRange, PageSize};
+#[cfg(feature = "store")]
+use crate::page::PageIndex;
+use crate::page::{PageRange, PageSize};
 
-/// Bytes that are written at once.
+/// Bytes of tables that are written at once.
 const BUFFER: usize = 256 << 10;
 
 /// A layer in the making. Holds 4 bytes for each page and 16 for each extent. What is dropped unfinished is removed.
@@ -91,11 +94,20 @@ impl Writer {
         Ok(())
     }
 
-    /// The next page of data. Pages and zero ranges come in the order of the disk.
-    pub(in super::super) fn page(&mut self, page: PageIndex, bytes: &[u8; BLOCK]) -> Result<(), StoreError> {
-        self.checks.push(crc32fast::hash(bytes));
-        self.extend(PageRange::one(page), Kind::Data);
-        self.push(bytes)
+    /// What comes next, in the order of the disk.
+    pub(super) fn append(&mut self, batch: &Batch) -> Result<(), StoreError> {
+        batch.extents.iter().for_each(|(range, kind)| self.extend(*range, *kind));
+        self.checks.extend_from_slice(&batch.checks);
+        let data = batch.data();
+        if data.is_empty() {
+            return Ok(());
+        }
+        if !self.buffer.is_empty() {
+            self.write_out()?;
+        }
+        self.file.write(self.at, data)?;
+        self.at += data.len() as u64;
+        Ok(())
     }
 
     /// The next pages of data, with their checksums.
@@ -116,6 +128,7 @@ impl Writer {
     }
 
     /// The next range of zeroes.
+    #[cfg(feature = "store")]
     pub(in super::super) fn zero(&mut self, range: PageRange) {
         self.extend(range, Kind::Zero);
     }
