@@ -24,6 +24,8 @@ mod figures {
     pub mod clones;
     pub mod disk;
     pub mod heap;
+    #[cfg(all(feature = "imago", unix))]
+    pub mod images;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod kvm;
     #[cfg(unix)]
@@ -146,6 +148,18 @@ macro_rules! nbd {
     };
 }
 
+/// A figure of disk images: skipped, aloud, where there are none.
+#[cfg(all(feature = "imago", unix))]
+macro_rules! imago {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "imago", unix)))]
+macro_rules! imago {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("disk images of other tools are a feature, and Unix only"))
+    };
+}
+
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
     Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
@@ -180,6 +194,8 @@ const FIGURES: &[Figure] = &[
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
+    Figure { name: "convert", what: "disk images of other tools, in and out", run: imago!(images::convert) },
+    Figure { name: "convert-sparse", what: "a large disk with little in it, out", run: imago!(images::nearly_empty) },
     Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
