@@ -336,6 +336,45 @@ fn a_disk_over_a_base_is_merged_down_to_it() {
     assert!(read_disk(&dir().open_disk(id, base()).unwrap()) == expected);
 }
 
+/// Written, snapshotted, merged and flattened for ever: the directory holds what its clones do, and no more.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_store_takes_what_its_clones_hold() {
+    use std::os::unix::fs::MetadataExt;
+    let temp = Temp::new("open-space");
+    let store = open(&temp);
+    let (_, disk) = deep(&store);
+    let mut dice = Dice::new(6);
+    for round in 0..24u64 {
+        for _ in 0..8 {
+            disk.write(at(dice.below(PAGES - 4)), &dice.bytes(4 * PAGE as u64)).unwrap();
+        }
+        disk.zero(PageRange::new(PageIndex::new(dice.below(100)), PageCount::new(60)).unwrap()).unwrap();
+        let moment = name(&format!("moment-{round}"));
+        store.snapshot_open(&disk, &moment).unwrap();
+        if round % 3 == 2 {
+            (round - 2..=round).for_each(|old| store.delete(&name(&format!("moment-{old}"))).unwrap());
+            if round.is_multiple_of(2) {
+                store.merge_open(&disk, &Job::new())
+            } else {
+                store.flatten_open(&disk, &Job::new())
+            }
+            .unwrap();
+            disk.flush().unwrap();
+            let held: u64 = ["layer", "overlay"]
+                .iter()
+                .flat_map(|suffix| temp.files(suffix))
+                .map(|file| std::fs::metadata(file).unwrap().blocks() * 512)
+                .sum();
+            // The image, what the clone has over it (its own, at most its whole length), and for each file its tables and the file system's.
+            let files = (temp.files("layer").len() + temp.files("overlay").len()) as u64;
+            let most = 2 * PAGES * PAGE as u64 + files * (64 << 10);
+            assert!(held <= most && files <= 3, "round {round}: {held} bytes in {files} files, {most} allowed");
+        }
+    }
+    assert!(problems(&store).is_empty());
+}
+
 /// What the proptest machine does between two looks at the disk.
 #[derive(Clone, Debug)]
 enum Step {
@@ -524,7 +563,7 @@ fn under_fault(recorder: &Recorder, n: u64, how: Fault) -> (u64, u64) {
             *acknowledged.lock().unwrap() = now;
         }
         failed(flushed);
-        if round % 3 == 0 {
+        if round.is_multiple_of(3) {
             failed(disk.cut().map(|cut| drop(cut.commit())).is_ok());
         }
     };

@@ -15,7 +15,10 @@ fn row(table: u8, key: u8, bytes: &[u8]) -> Vec<u8> {
 fn main() -> std::io::Result<()> {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("corpus/catalogue");
     std::fs::create_dir_all(&dir)?;
-    let (bytes, rows) = (|parts: &[Vec<u8>]| [vec![0], parts.concat()].concat(), |parts: &[Vec<u8>]| [vec![1], parts.concat()].concat());
+    let (bytes, rows) = (
+        |parts: &[Vec<u8>]| [vec![0], parts.concat()].concat(),
+        |parts: &[Vec<u8>]| [vec![1], parts.concat()].concat(),
+    );
     // Offsets within the row of a clone: kind 0, disk 1, generation 17, top 33, origin 49, pages 65, the origin's 73.
     let all = [0xff; 8];
     let seeds: [(&str, Vec<u8>); 16] = [
