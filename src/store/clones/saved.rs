@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use super::catalogue::{Catalogue, Change};
-use super::gather::gather;
 use super::layers::{chain, closure, files_of, rows_for};
 use super::list::Health;
 use super::record::{LayerRecord, SavedRecord, shape_of};
@@ -15,8 +14,8 @@ use super::{CloneError, CloneName, CloneStore, Inner, Problem, Sweep};
 use crate::backing::Sealed;
 use crate::error::{SpaceError, StoreError};
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet, PageSize};
-use crate::store::copy::Zeroes;
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageSet, PageSize};
+use crate::store::copy::{Zeroes, copy_pages};
 use crate::store::id::{LayerId, SavedId};
 use crate::store::image::DurableImage;
 use crate::store::job::Job;
@@ -120,7 +119,7 @@ impl CloneStore {
         let mut new = to.new_saved(new_name)?;
         let mut tops = Vec::with_capacity(images.len());
         for image in &images {
-            let (len, pages) = (Sealed::geometry(image).pages(), data_pages(image)?);
+            let (len, pages) = (Sealed::geometry(image).pages(), Sealed::data(image)?);
             tops.push(match pages.is_empty() {
                 true => None,
                 false => Some(new.layer(image, len, &pages, None, threads, job)?),
@@ -194,17 +193,6 @@ impl CloneStore {
     }
 }
 
-/// The pages of 4 KiB that may hold anything but zeroes.
-pub(crate) fn data_pages(source: &dyn Source) -> Result<PageSet, SpaceError> {
-    let (mut pages, mut at) = (PageSet::new(), ByteOffset::ZERO);
-    while let Some(data) = source.next_data(at)? {
-        let end = PageIndex::new(data.end.get().div_ceil(PageSize::KIB_4.bytes().get()));
-        pages.push(PageRange::from_bounds(PageSize::KIB_4.page_of(data.start), end));
-        at = data.end;
-    }
-    Ok(pages)
-}
-
 fn too_long(pages: PageCount) -> CloneError {
     let (len, space) = (PageSize::KIB_4.size_of(pages), Geometry::MAX_LEN);
     SpaceError::from(GeometryError::OutOfRange { at: ByteOffset::ZERO, len, space }).into()
@@ -243,7 +231,7 @@ impl NewSaved<'_> {
         let id = made.id();
         let mut writer = Writer::create(dir.shared_folder(), id, parent, shape)?;
         let zeroes = if parent.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
-        gather(source, copied, zeroes, (id, &mut writer), threads, job)?;
+        threads.install(|| copy_pages(source, copied, zeroes, &mut writer, job))?;
         writer.finish()?;
         self.made.push(made.into_claim());
         Ok(id)
