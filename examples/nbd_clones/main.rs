@@ -15,6 +15,9 @@ mod client;
 #[cfg(all(feature = "nbd", feature = "store", unix))]
 mod durable;
 #[cfg(all(feature = "nbd", unix))]
+#[path = "../common/guard.rs"]
+mod guard;
+#[cfg(all(feature = "nbd", unix))]
 mod serve;
 
 #[cfg(all(feature = "nbd", unix))]

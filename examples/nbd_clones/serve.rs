@@ -1,10 +1,8 @@
 //! The example itself: options, the clones, the server, and the check.
 
 use std::error::Error;
-use std::io::{self, Read};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +14,7 @@ use offshoot::ram::RamLayout;
 use offshoot::{AtRest, CloneSpec, DeviceState, DiskName, ForkPoint, Tree, Vm, VmName};
 
 use crate::client::{BLOCK_STATUS, Chunk, Client};
+use crate::guard;
 
 /// The disk of those who have no image.
 pub const BLANK: ByteSize = ByteSize::mib(64);
@@ -75,7 +74,7 @@ pub fn main() -> ExitCode {
         }
     };
     let outcome = match options.until {
-        Until::Interrupted => serve_behind_a_guard().map_err(Into::into),
+        Until::Interrupted => guard::run_behind("--until-eof").map_err(Into::into),
         Until::EndOfInput | Until::Checked => run(&options).map(|()| ExitCode::SUCCESS),
     };
     match outcome {
@@ -126,7 +125,7 @@ fn serve(options: &Options, exports: Vec<Export>) -> Result<(), Box<dyn Error>> 
     println!("{} clones of one image, as nbd+unix:///clone-N?socket={socket}", options.clones);
     match options.until {
         Until::Checked => check(&options.socket, options.clones)?,
-        Until::EndOfInput | Until::Interrupted => io::stdin().read_to_end(&mut Vec::new()).map(|_| ())?,
+        Until::EndOfInput | Until::Interrupted => guard::until_alone()?,
     }
     server.shutdown(Duration::from_secs(5));
     if options.until == Until::Checked && options.socket.exists() {
@@ -186,18 +185,4 @@ fn check(socket: &Path, clones: u32) -> Result<(), Box<dyn Error>> {
     }
     println!("{clones} clones checked: each holds its own data, and nobody else's");
     Ok(())
-}
-
-/// Ctrl-C ends a process at once, and only unsafe code can have it otherwise. So the server runs in a process that Ctrl-C does not reach, and
-/// ends when its standard input does: when this one is gone, by whatever way.
-fn serve_behind_a_guard() -> io::Result<ExitCode> {
-    let mut server = Command::new(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .arg("--until-eof")
-        .stdin(Stdio::piped())
-        .process_group(0)
-        .spawn()?;
-    // Waiting would close the input, which is to stay open for as long as this process lives.
-    let _open = server.stdin.take();
-    Ok(if server.wait()?.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
