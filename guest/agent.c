@@ -22,6 +22,8 @@
 #define PORT_NAME "org.offshoot.agent"
 #define MAX_WORDS 32
 #define OUTPUT_ROOM 30000
+/* A client's first byte: what there is of a line was begun by another, perhaps in the parent. */
+#define CANCEL 0x18
 
 static void ready_line(const char *how) {
     dprintf(2, "offshoot-guest ready: %s\n", how);
@@ -146,6 +148,7 @@ static const struct {
 } COMMANDS[] = {
     {"ping", cmd_ping},     {"run", cmd_run},       {"hostname", cmd_hostname}, {"machine-id", cmd_machine_id}, {"net", cmd_net},
     {"clock", cmd_clock},   {"random", cmd_random}, {"prng", cmd_prng},         {"klog", cmd_klog},             {"work", cmd_work},
+    {"reseeds", cmd_reseeds},
 };
 
 static void write_all(int port, const char *bytes, size_t len) {
@@ -224,18 +227,19 @@ void run_agent(void) {
     for (;;) {
         struct pollfd poll_fd = {port, POLLIN, 0};
         poll(&poll_fd, 1, -1);
-        if (!(poll_fd.revents & POLLIN)) {
-            /* Nobody there. What was begun was begun by somebody else. */
+        char piece[4096];
+        ssize_t got = read(port, piece, sizeof piece);
+        if (got == 0) {
+            /* Nobody there, which the port calls readable. What was begun of a line was begun by somebody who has gone. */
             len = 0;
             overlong = 0;
             struct timespec wait = {0, 50000000};
             sigtimedwait(&signals, NULL, &wait);
-            continue;
         }
-        char piece[4096];
-        ssize_t got = read(port, piece, sizeof piece);
         for (ssize_t i = 0; i < got; i++) {
-            if (piece[i] == '\n') {
+            if (piece[i] == CANCEL)
+                len = 0, overlong = 0;
+            else if (piece[i] == '\n') {
                 line[len] = 0;
                 if (!overlong)
                     answer(port, line);

@@ -32,6 +32,7 @@ int cmd_clock(int argc, char **argv, struct text *out);
 int cmd_random(int argc, char **argv, struct text *out);
 int cmd_prng(int argc, char **argv, struct text *out);
 int cmd_klog(int argc, char **argv, struct text *out);
+int cmd_reseeds(int argc, char **argv, struct text *out);
 
 /* Whole files: `files.c`. 0 or an errno. */
 int file_write(const char *path, const char *text, int flags);

@@ -179,10 +179,8 @@ int cmd_prng(int argc, char **argv, struct text *out) {
     return 0;
 }
 
-/* `klog TEXT`: the lines of the kernel's log that hold it, with their times. */
-int cmd_klog(int argc, char **argv, struct text *out) {
-    if (argc != 1)
-        return EINVAL;
+/* Calls this with each record of the kernel's log. 0 or an errno. */
+static int each_record(void (*visit)(char *record, void *with), void *with) {
     int fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
         return errno;
@@ -195,9 +193,47 @@ int cmd_klog(int argc, char **argv, struct text *out) {
             break;
         record[got] = 0;
         record[strcspn(record, "\n")] = 0;
-        if (strstr(record, argv[0]))
-            text_add(out, "%s\n", record);
+        visit(record, with);
     }
     close(fd);
     return 0;
+}
+
+struct search {
+    const char *text;
+    struct text *out;
+    unsigned long long found, last;
+};
+
+static void add_found(char *record, void *with) {
+    struct search *search = with;
+    if (!strstr(record, search->text))
+        return;
+    search->found++;
+    /* Priority, number, microseconds since boot. */
+    sscanf(record, "%*u,%*u,%llu", &search->last);
+    if (search->out)
+        text_add(search->out, "%s\n", record);
+}
+
+/* `klog TEXT`: the records of the kernel's log that hold it. */
+int cmd_klog(int argc, char **argv, struct text *out) {
+    if (argc != 1)
+        return EINVAL;
+    struct search search = {argv[0], out, 0, 0};
+    return each_record(add_found, &search);
+}
+
+/* `reseeds`: how often the kernel reseeded because the machine was forked, when last, and what time it is, in microseconds of the log's own
+ * clock, which a line of ours in the log tells. */
+int cmd_reseeds(int argc, char **argv, struct text *out) {
+    (void)argv;
+    if (argc != 0)
+        return EINVAL;
+    int error = file_write("/dev/kmsg", "<7>offshoot-guest: asked for reseeds", 0);
+    struct search reseeds = {"reseeded due to virtual machine fork", NULL, 0, 0}, now = {"offshoot-guest: asked", NULL, 0, 0};
+    error = error ? error : each_record(add_found, &reseeds);
+    error = error ? error : each_record(add_found, &now);
+    text_add(out, "%llu %llu %llu", reseeds.found, reseeds.last, now.last);
+    return error;
 }

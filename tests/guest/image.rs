@@ -3,12 +3,12 @@
 use std::fs;
 use std::process::Command;
 
-use crate::Scratch;
+use crate::boot::{Scratch, tools};
 use crate::guest_image::program;
 
 #[test]
 fn two_builds_are_the_same_bytes_and_other_tools_read_them() {
-    let Some(tools) = crate::tools() else { return };
+    let Some(tools) = tools() else { return };
     let scratch = Scratch::new("image");
     let one = tools.build(&scratch.path().join("one")).unwrap();
     let two = tools.build(&scratch.path().join("two")).unwrap();

@@ -27,13 +27,16 @@
 //! ```
 //!
 //! Inside: `spec` and `command` know arguments, `qmp` and `version` the control socket, `stream` saved states, `private_pages` another
-//! process's memory, `process` one QEMU, `family` directories and exports; `guest`, `vm` and `point` are the engine's side.
+//! process's memory, `process` one QEMU, `family` directories and exports; `guest`, `vm` and `point` are the engine's side;
+//! `agent` is the host's end of an agent in the guest, and `prep` customizes a clone through it before anyone can reach it.
 
+mod agent;
 mod command;
 mod error;
 mod family;
 mod guest;
 mod point;
+mod prep;
 mod private_pages;
 mod process;
 mod qmp;
@@ -42,10 +45,12 @@ mod stream;
 mod version;
 mod vm;
 
+pub use agent::{AgentClient, AgentError};
 pub use command::AGENT_PORT;
 pub use error::QemuError;
 pub use guest::QemuForkTimings;
 pub use point::{AtBirth, QemuClone, QemuPoint, QemuShell, QemuSpawnTimings};
+pub use prep::{Prep, PrepError};
 pub use qmp::QmpError;
 /// What QMP is made of.
 pub use serde_json::{Value, json};
