@@ -43,6 +43,10 @@ mod figures {
     pub mod prefault;
     #[cfg(target_os = "linux")]
     pub mod process;
+    #[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+    pub mod qemu;
+    #[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+    pub mod qemu_guest;
     pub mod report;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod reset;
@@ -146,6 +150,18 @@ macro_rules! nbd {
     };
 }
 
+/// A figure of QEMU guests: skipped, aloud, where there are none.
+#[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+macro_rules! qemu {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "qemu", target_os = "linux", target_arch = "x86_64")))]
+macro_rules! qemu {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("guests in QEMU are a feature, for Linux on x86-64"))
+    };
+}
+
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
     Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
@@ -181,6 +197,11 @@ const FIGURES: &[Figure] = &[
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
     Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },
+    Figure {
+        name: "qemu",
+        what: "Debian guests in QEMU: forks, clones, their memory and disks",
+        run: qemu!(qemu::qemu),
+    },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 
