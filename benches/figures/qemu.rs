@@ -195,6 +195,8 @@ fn births(
     like: &QemuVm,
     boots: &Boots,
 ) -> Outcome {
+    // Whether it resumes at all.
+    drop(base.bare(like)?);
     let mut round = Round::new(effort);
     round.probe(|| timed(|| first.point.spawn(QemuClone::default()).expect("a clone")).0);
     round.probe(|| {
@@ -283,6 +285,8 @@ fn disk(effort: &Effort, report: &mut Report, base: &Base<'_>, clone: &QemuVm) -
     let count = effort.pick(400, 2000);
     for verb in ["read", "write"] {
         for workers in [1, 8] {
+            requests(&ours, verb, count, workers)?;
+            requests(theirs, verb, count, workers)?;
             let mut round = Round::new(effort);
             round.probe(|| requests(&ours, verb, count, workers).expect("a guest that answers"));
             round.probe(|| requests(theirs, verb, count, workers).expect("a guest that answers"));

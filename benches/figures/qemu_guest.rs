@@ -211,18 +211,29 @@ impl Bare {
         let bare = Self { process, agent };
         // A QEMU that ends before it connects has said why; this would wait for ever, and a figure has no use for that.
         let (stream, _) = listener.accept()?;
-        bare.runs(stream)?;
+        bare.load(stream)?;
         Ok(bare)
     }
 
-    /// Waits for the word that the guest runs.
-    fn runs(&self, mut stream: UnixStream) -> Outcome {
+    /// Has it load the state, which is its standard input, and waits for the word that the guest runs.
+    fn load(&self, mut stream: UnixStream) -> Outcome {
         stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(b"{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"query-status\"}\n")?;
+        let shared = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+        let commands = [
+            json!({ "execute": "qmp_capabilities" }),
+            json!({ "execute": "migrate-set-capabilities", "arguments": shared }),
+            json!({ "execute": "migrate-incoming", "arguments": { "uri": "fd:0" } }),
+        ];
+        // All in one, so that it never waits for us.
+        stream.write_all(commands.map(|command| command.to_string()).join("\n").as_bytes())?;
+        stream.write_all(b"\n")?;
         for line in BufReader::new(stream).lines() {
             let line = line?;
-            if line.contains("\"status\": \"running\"") || line.contains("\"event\": \"RESUME\"") {
+            if line.contains("\"event\": \"RESUME\"") {
                 return Ok(());
+            }
+            if line.contains("\"error\"") {
+                return Err(Skip::new(format!("a bare QEMU does not resume: {line}")));
             }
         }
         Err(Skip::new("a bare QEMU has ended"))
@@ -256,7 +267,6 @@ fn bare_command(kit: &BareKit<'_>, control: &Path, agent: &Path) -> Result<Comma
         let word = match word {
             // It runs as soon as it can.
             "-S" => continue,
-            "defer" => "fd:0".to_owned(),
             word if word.starts_with("socket,id=control,") => path("socket,id=control,path=", control),
             word if word.starts_with("socket,id=agent,") => path("socket,id=agent,server=on,wait=off,path=", agent),
             word if word.starts_with("file,id=console,") => {
@@ -281,6 +291,5 @@ fn bare_command(kit: &BareKit<'_>, control: &Path, agent: &Path) -> Result<Comma
     if changed != 3 || overlays.len() != 0 {
         return Err(Skip::new("a clone's arguments are not what this figure knows: see frontend/qemu/command.rs"));
     }
-    command.args(["-global", "migration.x-ignore-shared=on"]);
     Ok(command)
 }
