@@ -24,6 +24,8 @@ mod figures {
     pub mod clones;
     pub mod disk;
     pub mod heap;
+    #[cfg(all(feature = "imago", unix))]
+    pub mod images;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod kvm;
     #[cfg(unix)]
@@ -51,6 +53,8 @@ mod figures {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod reset;
     pub mod sample;
+    #[cfg(all(feature = "store", target_os = "linux"))]
+    pub mod saved;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod shells;
     #[cfg(target_os = "linux")]
@@ -71,6 +75,8 @@ mod figures {
     pub mod toucher;
     pub mod tree;
     pub mod trees;
+    #[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    pub mod uffd;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod writer;
 }
@@ -162,6 +168,30 @@ macro_rules! qemu {
     };
 }
 
+/// A figure of the page-fault server: skipped, aloud, where there is none.
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+macro_rules! uffd {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+macro_rules! uffd {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("the page-fault server is a feature, and Linux only"))
+    };
+}
+
+/// A figure of disk images: skipped, aloud, where there are none.
+#[cfg(all(feature = "imago", unix))]
+macro_rules! imago {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "imago", unix)))]
+macro_rules! imago {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("disk images of other tools are a feature, and Unix only"))
+    };
+}
+
 const FIGURES: &[Figure] = &[
     Figure { name: "spawn", what: "a clone's RAM, 64 GiB disk and state, engine only", run: figures::spawn::spawn },
     Figure { name: "parallel", what: "two threads that spawn from one fork point", run: figures::spawn::parallel },
@@ -192,10 +222,14 @@ const FIGURES: &[Figure] = &[
     Figure { name: "durable-clone", what: "durable disks: a clone of 64 GiB", run: clones!(clones::clones) },
     Figure { name: "durable-layer", what: "durable disks: verifying and sealing a layer", run: unix!(layers::layers) },
     Figure { name: "durable-open", what: "durable disks: opening one, and its memory", run: unix!(layers::open) },
+    Figure { name: "saved", what: "a whole VM to files and back", run: linux!(saved::saved) },
     Figure { name: "depth", what: "a thousand levels deep: fork, read, spawn", run: figures::trees::depth },
     Figure { name: "siblings", what: "a spawn among ten thousand siblings", run: figures::trees::siblings },
     Figure { name: "scattered", what: "mapped face: every 8th page dirty", run: linux!(trees::scattered) },
     Figure { name: "checks", what: "wrong pages, writers running through every fork", run: linux!(checks::checks) },
+    Figure { name: "uffd", what: "a page fault of a VMM, served over userfaultfd", run: uffd!(uffd::faults) },
+    Figure { name: "convert", what: "disk images of other tools, in and out", run: imago!(images::convert) },
+    Figure { name: "convert-sparse", what: "a large disk with little in it, out", run: imago!(images::nearly_empty) },
     Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },
     Figure {
         name: "qemu",

@@ -152,19 +152,18 @@ static const struct {
 };
 
 static void write_all(int port, const char *bytes, size_t len) {
-    while (len > 0) {
+    struct timespec tick = {0, 2000000};
+    /* A request may be read before the kernel has heard that its sender is connected: until then the port takes nothing, and says that nobody
+     * is there. For 10 s that is waited out; then whoever asked has gone, and so goes the rest of the reply. */
+    for (int turn = 0; len > 0 && turn < 5000;) {
         ssize_t wrote = write(port, bytes, len);
         if (wrote > 0) {
             bytes += wrote;
             len -= (size_t)wrote;
-            continue;
+        } else {
+            nanosleep(&tick, NULL);
+            turn++;
         }
-        if (wrote < 0 && errno == EINTR)
-            continue;
-        struct pollfd poll_fd = {port, POLLOUT, 0};
-        /* Nobody at the other end: whoever asked has gone, and so goes the rest of the reply. */
-        if ((wrote < 0 && errno != EAGAIN) || poll(&poll_fd, 1, 1000) <= 0 || (poll_fd.revents & POLLHUP))
-            return;
     }
 }
 

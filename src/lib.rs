@@ -71,7 +71,7 @@
 //! It contains no hypervisor, device model or network; it does not migrate between hosts while a guest runs. What is to survive the process is kept in files: disks of
 //! [`store`], and with feature `store` whole fork points (`ForkPoint::save`). Feature
 //! `kvm` captures and restores KVM machines, feature `vm-memory` gives a clone's RAM to rust-vmm code, feature `nbd` serves
-//! disks to hypervisors over the Network Block Device protocol, feature `imago` reads and writes disk images, feature `testing`
+//! disks to hypervisors over the Network Block Device protocol, feature `qemu` forks and clones unmodified QEMU processes, feature `imago` reads and writes disk images, feature `testing`
 //! has the conformance suite for backings of your own.
 
 mod account;

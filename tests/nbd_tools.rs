@@ -249,6 +249,86 @@ h.shutdown()
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Options one by one, and an export that may only be read.
+#[test]
+fn nbdsh_tries_every_option_and_a_read_only_export() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let bench = Bench::new(ByteSize::mib(1));
+    let disk = bench.vm.disk("d").unwrap().clone();
+    disk.write(Lba::ZERO, &[7; 4096]).unwrap();
+    let read_only = Export::new(disk).read_only().described("may be read").unwrap();
+    bench.server.add(ExportName::new("ro").unwrap(), read_only).unwrap();
+    let script = r#"
+import errno, os
+
+def refused(want, call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except nbd.Error as error:
+        assert want is None or error.errnum == want, (call.__name__, str(error)[:200])
+    else:
+        assert False, ("granted", call.__name__)
+
+def negotiating(export):
+    new = nbd.NBD()
+    new.set_opt_mode(True)
+    new.set_full_info(True)
+    new.set_export_name(export)
+    new.connect_unix(os.environ["SOCKET"])
+    return new
+
+a = negotiating("ro")
+found = {}
+a.opt_list(lambda name, words: found.__setitem__(name, words))
+assert found == {"d": "", "ro": "may be read"}, found
+contexts = []
+a.opt_list_meta_context(lambda name: contexts.append(name))
+assert sorted(contexts) == ["base:allocation", "qemu:dirty-bitmap:origin"], contexts
+a.opt_info()
+assert a.is_read_only() and a.get_size() == 1 << 20 and a.get_export_description() == "may be read"
+assert a.get_canonical_export_name() == "ro"
+assert a.get_block_size(nbd.SIZE_MINIMUM) == 512 and a.get_block_size(nbd.SIZE_MAXIMUM) == 32 << 20
+# One that is not there, and on with one that is.
+a.set_export_name("no such")
+refused(errno.ENOENT, a.opt_info)
+refused(errno.ENOENT, a.opt_go)
+a.set_export_name("ro")
+a.add_meta_context("base:allocation")
+a.opt_go()
+assert a.can_meta_context("base:allocation") and not a.can_meta_context("qemu:dirty-bitmap:origin")
+assert a.pread(4096, 0) == b"\x07" * 4096
+a.set_strict_mode(0)
+for call, args in ((a.pwrite, (b"x" * 512, 0)), (a.trim, (4096, 0)), (a.zero, (4096, 0))):
+    refused(errno.EPERM, call, *args)
+a.flush()
+a.cache(4096, 0)
+assert a.pread(4096, 0) == b"\x07" * 4096
+# Offsets at the end of the number space, lengths that wrap round it.
+for offset in ((1 << 63) - 512, (1 << 64) - 512, (1 << 64) - 1):
+    refused(errno.EINVAL, a.pread, 512, offset)
+    refused(errno.EINVAL, a.cache, 512, offset)
+    refused(errno.EINVAL, a.block_status, 4096, offset, lambda *told: 0)
+a.shutdown()
+# ABORT, and a server that goes on for others.
+b = negotiating("d")
+b.opt_abort()
+c = negotiating("d")
+c.opt_go()
+c.set_strict_mode(0)
+for offset in ((1 << 63) - 512, (1 << 64) - 512, (1 << 64) - 1):
+    for call, args in ((c.pwrite, (b"x" * 512, offset)), (c.trim, (512, offset)), (c.zero, (512, offset))):
+        refused(None, call, *args)
+assert c.pread(4096, 0) == b"\x07" * 4096
+c.shutdown()
+"#;
+    let socket = bench.file("s");
+    let output =
+        Command::new("nbdsh").env("PATH", path()).env("SOCKET", socket).arg("-c").arg(script).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 #[test]
 fn nbdcopy_there_and_back_loses_nothing() {
     if !have(&["nbdcopy", "nbdkit"]) {

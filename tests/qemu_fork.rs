@@ -4,139 +4,19 @@
 //! Where `qemu-system-x86_64` is missing the tests say so and pass, unless OFFSHOOT_REQUIRE=all is set: then they fail.
 #![cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
 
+mod qemu;
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
-use std::time::{Duration, Instant};
 
-use offshoot::disk::{Access, Disk};
+use offshoot::Tree;
+use offshoot::VmStatus;
 use offshoot::frontend::qemu::*;
-use offshoot::image::Source;
-use offshoot::page::{ByteOffset, ByteSize, GuestAddress, Lba, SectorCount};
-use offshoot::{DiskName, Tree, VmName, VmStatus};
+use offshoot::page::GuestAddress;
 
-/// What the firmware boots: counts at 0x500; writes each count to one of 64 pages, to sector 1 of the disk, and its low byte to the
-/// serial port, in this order.
-const COUNTING: &[u8] = &[
-    0xfa, // cli
-    0x31, 0xc0, // xor ax, ax
-    0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, // mov ds, ax; mov es, ax; mov ss, ax
-    0xbc, 0x00, 0x7c, // mov sp, 0x7c00
-    0xfc, 0xfb, // cld; sti
-    0x66, 0xc7, 0x06, 0x00, 0x05, 0x00, 0x00, 0x00, 0x00, // mov dword [0x500], 0
-    0x66, 0xff, 0x06, 0x00, 0x05, // again: inc dword [0x500]
-    0x66, 0xa1, 0x00, 0x05, // mov eax, [0x500]
-    0x66, 0xa3, 0x00, 0x08, // mov [0x800], eax
-    0x66, 0x89, 0xc3, // mov ebx, eax
-    0x83, 0xe3, 0x3f, // and bx, 63
-    0xc1, 0xe3, 0x08, // shl bx, 8
-    0x81, 0xc3, 0x00, 0x20, // add bx, 0x2000
-    0x8e, 0xc3, // mov es, bx
-    0x26, 0x66, 0xa3, 0x00, 0x00, // mov es:[0], eax
-    0x31, 0xdb, 0x8e, 0xc3, // xor bx, bx; mov es, bx
-    0xbe, 0x4f, 0x7c, // mov si, packet
-    0xb8, 0x00, 0x43, 0xb2, 0x80, // mov ax, 0x4300; mov dl, 0x80
-    0xcd, 0x13, // int 0x13: writes the sector at 0x800 to the disk
-    0xa0, 0x00, 0x05, // mov al, [0x500]
-    0xba, 0xf8, 0x03, 0xee, // mov dx, 0x3f8; out dx, al
-    0xeb, 0xc8, // jmp again
-    0x10, 0x00, 0x01, 0x00, 0x00, 0x08, 0x00, 0x00, // packet: 16 bytes, one sector from 0:0x800
-    0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, // to sector 1
-];
-const COUNT: u64 = 0x500;
-const PAGES: u64 = 0x20000;
-const LONG: Duration = Duration::from_secs(60);
-
-fn qemu_is_here() -> bool {
-    match Command::new("qemu-system-x86_64").arg("--version").output() {
-        Ok(_) => true,
-        Err(error) => {
-            let required = std::env::var("OFFSHOOT_REQUIRE").is_ok_and(|required| required == "all");
-            assert!(!required, "OFFSHOOT_REQUIRE=all, but QEMU is missing: {error}");
-            eprintln!("SKIPPED: no qemu-system-x86_64: {error}");
-            false
-        }
-    }
-}
-
-fn spec() -> QemuSpec {
-    QemuSpec::new(ByteSize::mib(32))
-}
-
-fn parent(tree: &Tree, spec: QemuSpec) -> Result<QemuVm, QemuError> {
-    let disk = Disk::blank(tree, SectorCount::new(2048), Access::ReadWrite).unwrap();
-    let mut sector = [0; 512];
-    sector[..COUNTING.len()].copy_from_slice(COUNTING);
-    sector[510..].copy_from_slice(&[0x55, 0xaa]);
-    disk.write(Lba::new(0), &sector).unwrap();
-    QemuVm::launch(tree, VmName::new("vm").unwrap(), spec, vec![(DiskName::new("root"), disk)], None)
-}
-
-fn running(tree: &Tree) -> QemuVm {
-    let vm = parent(tree, spec()).unwrap();
-    reaches(&vm, 100);
-    vm
-}
-
-fn word(bytes: [u8; 4]) -> u32 {
-    u32::from_le_bytes(bytes)
-}
-
-fn count(vm: &QemuVm) -> u32 {
-    let mut bytes = [0; 4];
-    vm.read_ram(GuestAddress::new(COUNT), &mut bytes).unwrap();
-    word(bytes)
-}
-
-/// Waits until the guest has counted so far.
-fn reaches(vm: &QemuVm, to: u32) {
-    let begun = Instant::now();
-    while count(vm) < to {
-        if let Some(end) = vm.ended() {
-            panic!("QEMU has ended: {end}");
-        }
-        assert!(begun.elapsed() < LONG, "the guest stands still at {}", count(vm));
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn on_disk(disk: &Disk) -> u32 {
-    let mut sector = [0; 512];
-    disk.read(Lba::new(1), &mut sector).unwrap();
-    word(sector[..4].try_into().unwrap())
-}
-
-/// RAM and disk are of one instant: the disk has this count or the one before, and each page the last count that went there.
-fn assert_one_instant(count: u32, disk: u32, page: impl Fn(u64, &mut [u8])) {
-    assert!(disk == count || disk + 1 == count, "RAM has {count}, the disk {disk}");
-    for at in 0..64_u32 {
-        let mut bytes = [0; 4];
-        page(PAGES + u64::from(at) * 4096, &mut bytes);
-        let last = count - (count - at) % 64;
-        // The count may be there before its page is.
-        let before = last.saturating_sub(64);
-        let found = word(bytes);
-        assert!(found == last || last == count && found == before, "page {at} has {found} at {count}");
-    }
-}
-
-fn check_point(point: &QemuPoint) -> u32 {
-    let (ram, mut bytes) = (point.point().ram(), [0; 4]);
-    ram.read(ByteOffset::new(COUNT), &mut bytes).unwrap();
-    let disk = point.point().disk("root").unwrap().spawn().unwrap();
-    assert_one_instant(word(bytes), on_disk(&disk), |at, buf| ram.read(ByteOffset::new(at), buf).unwrap());
-    word(bytes)
-}
-
-/// A clone that stands still is at its parent's instant.
-fn check_clone(clone: &QemuVm, at: u32) {
-    assert_eq!((count(clone), clone.vm().status()), (at, VmStatus::Paused));
-    let disk = on_disk(clone.vm().disk("root").unwrap());
-    assert_one_instant(at, disk, |at, buf| clone.read_ram(GuestAddress::new(at), buf).unwrap());
-}
-
-fn paused() -> QemuClone {
-    QemuClone { at_birth: AtBirth::Paused, ..QemuClone::default() }
-}
+use qemu::*;
 
 #[test]
 fn a_running_guest_is_forked_and_all_go_on_from_one_instant() {
@@ -171,7 +51,7 @@ fn a_running_guest_is_forked_and_all_go_on_from_one_instant() {
     // The old process is gone, and with it the last mapping that could write the file.
     point.point().teardown().wait();
     assert!(!Path::new(&format!("/proc/{first}")).exists());
-    println!("{:#?}", point.timings());
+    assert_sealed(&clones[0]);
 }
 
 #[test]
@@ -198,7 +78,6 @@ fn clones_of_clones_of_clones() {
         check_clone(&point.spawn(paused()).unwrap(), at);
         reaches(&clone, at + 100);
         line.push(clone);
-        println!("generation {generation}: {:?}", point.timings());
     }
     // A clone that is forked twice: what it had already given is the same.
     let again = line[0].fork(AfterFork::Continue).unwrap();
@@ -223,4 +102,79 @@ fn a_guest_that_stands_still_is_forked_where_it_stands() {
     let again = clone.fork(AfterFork::Freeze).unwrap();
     assert_eq!(check_point(&again), at);
     assert!(matches!(clone.fork(AfterFork::Continue), Err(QemuError::NoProcess(_))));
+}
+
+/// The memory file that a clone maps can be written by nobody any more.
+fn assert_sealed(clone: &QemuVm) {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", clone.pid().unwrap())).unwrap();
+    let is_memory = |path: &std::path::PathBuf| {
+        std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:offshoot"))
+    };
+    let memory = fds.map(|fd| fd.unwrap().path()).find(is_memory).unwrap();
+    let seals = rustix::fs::fcntl_get_seals(std::fs::File::open(memory).unwrap().as_fd()).unwrap();
+    assert!(seals.contains(rustix::fs::SealFlags::WRITE | rustix::fs::SealFlags::SHRINK), "{seals:?}");
+}
+
+#[test]
+fn a_process_that_somebody_else_started_is_attached() {
+    if !qemu_is_here() {
+        return;
+    }
+    let tree = Tree::default();
+    let parked = Parked::new(&tree, offshoot::VmName::new("vm").unwrap(), spec(), disks(&tree), None).unwrap();
+    let control = parked.control_socket();
+    let mut theirs = std::process::Command::new("qemu-system-x86_64").args(parked.arguments()).spawn().unwrap();
+    let socket = loop {
+        match UnixStream::connect(&control) {
+            Ok(socket) => break socket,
+            Err(error) => assert!(theirs.try_wait().unwrap().is_none(), "QEMU has ended: {error}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    let mut vm = parked.attach(theirs.id(), socket).unwrap();
+    reaches(&vm, 100);
+    let point = vm.fork(AfterFork::Continue).unwrap();
+    // The one that was attached has ended; the guest goes on in one of ours.
+    assert!(!theirs.wait().unwrap().success());
+    check_clone(&point.spawn(paused()).unwrap(), check_point(&point));
+    let now = count(&vm);
+    reaches(&vm, now + 100);
+}
+
+#[test]
+fn another_process_is_not_attached() {
+    if !qemu_is_here() {
+        return;
+    }
+    let tree = Tree::default();
+    let parked = Parked::new(&tree, offshoot::VmName::new("vm").unwrap(), spec(), disks(&tree), None).unwrap();
+    let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let (socket, mut peer) = UnixStream::pair().unwrap();
+    let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 } });
+    let greeting = json!({ "QMP": { "version": version, "capabilities": [] } });
+    peer.write_all(format!("{greeting}\r\n{}\r\n", json!({ "return": {}, "id": 0 })).as_bytes()).unwrap();
+    let refused = parked.attach(other.id(), socket).unwrap_err();
+    assert!(refused.to_string().contains("memory file"), "{refused}");
+    assert!(other.try_wait().unwrap().is_none());
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[test]
+fn the_agents_socket_leads_to_whichever_process_there_is() {
+    if !qemu_is_here() {
+        return;
+    }
+    let tree = Tree::default();
+    let mut vm = running(&tree);
+    let at = vm.agent_socket();
+    UnixStream::connect(&at).unwrap();
+    let point = vm.fork(AfterFork::Continue).unwrap();
+    assert_eq!(vm.agent_socket(), at);
+    UnixStream::connect(&at).unwrap();
+    let clone = point.spawn(QemuClone::default()).unwrap();
+    assert_ne!(clone.agent_socket(), at);
+    UnixStream::connect(clone.agent_socket()).unwrap();
+    drop(clone);
+    vm.qmp("query-status", json!({})).unwrap();
 }

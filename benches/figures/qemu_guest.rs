@@ -215,24 +215,27 @@ impl Bare {
         Ok(bare)
     }
 
-    /// Has it load the state, which is its standard input, and waits for the word that the guest runs.
+    /// Has it load the state, which is its standard input, and run: it was saved by a guest that stood still, which it would do too.
     fn load(&self, mut stream: UnixStream) -> Outcome {
         stream.set_read_timeout(Some(PATIENCE))?;
-        let shared = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+        let on = |name: &str| json!({ "capability": name, "state": true });
+        let capabilities = json!({ "capabilities": [on("x-ignore-shared"), on("events")] });
         let commands = [
             json!({ "execute": "qmp_capabilities" }),
-            json!({ "execute": "migrate-set-capabilities", "arguments": shared }),
+            json!({ "execute": "migrate-set-capabilities", "arguments": capabilities }),
             json!({ "execute": "migrate-incoming", "arguments": { "uri": "fd:0" } }),
         ];
         // All in one, so that it never waits for us.
-        stream.write_all(commands.map(|command| command.to_string()).join("\n").as_bytes())?;
-        stream.write_all(b"\n")?;
-        for line in BufReader::new(stream).lines() {
+        stream.write_all((commands.map(|command| command.to_string()).join("\n") + "\n").as_bytes())?;
+        for line in BufReader::new(stream.try_clone()?).lines() {
             let line = line?;
-            if line.contains("\"event\": \"RESUME\"") {
+            if line.contains("\"completed\"") {
+                stream.write_all(b"{\"execute\": \"cont\"}\n")?;
+            }
+            if line.contains("\"RESUME\"") {
                 return Ok(());
             }
-            if line.contains("\"error\"") {
+            if line.contains("\"error\"") || line.contains("\"failed\"") {
                 return Err(Skip::new(format!("a bare QEMU does not resume: {line}")));
             }
         }

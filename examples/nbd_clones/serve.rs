@@ -1,27 +1,33 @@
 //! The example itself: options, the clones, the server, and the check.
 
 use std::error::Error;
-use std::io::{self, Read};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use offshoot::backing::{FileImage, Heap};
 use offshoot::disk::{Access, Disk};
 use offshoot::frontend::nbd::{DIRTY_BITMAP, Endpoint, Export, ExportName, Server, ServerLimits};
-use offshoot::page::{ByteSize, PageSize, SectorCount};
+use offshoot::page::{ByteSize, PageSize, SECTOR_SIZE, SectorCount};
 use offshoot::ram::RamLayout;
 use offshoot::{AtRest, CloneSpec, DeviceState, DiskName, ForkPoint, Tree, Vm, VmName};
 
 use crate::client::{BLOCK_STATUS, Chunk, Client};
+use crate::guard;
 
-const USAGE: &str = "usage: nbd_clones [--image FILE] [--clones N] [--socket PATH] [--check | --until-eof]
+/// The disk of those who have no image.
+pub const BLANK: ByteSize = ByteSize::mib(64);
+/// What a check writes to each clone.
+pub const BLOCK: u32 = 64 << 10;
+
+const USAGE: &str = "usage: nbd_clones [--image FILE] [--clones N] [--store DIR] [--socket PATH] [--check | --until-eof]
   --image FILE   the raw image that all clones begin with; without it, 64 MiB of zeroes
   --clones N     how many (4)
+  --store DIR    keep the clones in this directory: they are there again when it is next served (feature `store`)
   --socket PATH  where to listen (nbd_clones.sock)
-  --check        write distinct data to every clone over NBD, verify all of them and the image, and exit
+  --check        write distinct data to every clone over NBD, verify all of them and the image, and exit; with --store, kill the
+                 server in between. It writes to clones that are there: not for a store that is in use
   --until-eof    end when standard input does, for scripts; otherwise at Ctrl-C";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,18 +40,21 @@ enum Until {
 struct Options {
     image: Option<PathBuf>,
     clones: u32,
+    store: Option<PathBuf>,
     socket: PathBuf,
     until: Until,
 }
 
 impl Options {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut options = Self { image: None, clones: 4, socket: "nbd_clones.sock".into(), until: Until::Interrupted };
+        let socket = "nbd_clones.sock".into();
+        let mut options = Self { image: None, clones: 4, store: None, socket, until: Until::Interrupted };
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or(format!("{arg} needs a value"));
             match arg.as_str() {
                 "--image" => options.image = Some(value()?.into()),
                 "--clones" => options.clones = value()?.parse().map_err(|e| format!("--clones: {e}"))?,
+                "--store" => options.store = Some(value()?.into()),
                 "--socket" => options.socket = value()?.into(),
                 "--check" | "--once" => options.until = Until::Checked,
                 "--until-eof" => options.until = Until::EndOfInput,
@@ -65,7 +74,7 @@ pub fn main() -> ExitCode {
         }
     };
     let outcome = match options.until {
-        Until::Interrupted => serve_behind_a_guard().map_err(Into::into),
+        Until::Interrupted => guard::run_behind("--until-eof").map_err(Into::into),
         Until::EndOfInput | Until::Checked => run(&options).map(|()| ExitCode::SUCCESS),
     };
     match outcome {
@@ -77,25 +86,46 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn name(clone: u32) -> String {
+pub fn name(clone: u32) -> String {
     format!("clone-{clone}")
 }
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
-    let point = template(options.image.as_deref())?;
+    match &options.store {
+        None => {
+            // A clone lives for as long as somebody has it; its disk is what the server has.
+            let point = template(options.image.as_deref())?;
+            let spawn = |_| point.spawn(CloneSpec::default());
+            let clones = (0..options.clones).map(spawn).collect::<Result<Vec<_>, _>>()?;
+            let export = |clone: &Vm<Heap>| {
+                let disk = clone.disk("root").expect("the template has one");
+                Export::new(disk.clone()).described(format!("disk of {}", clone.identity().name))
+            };
+            serve(options, clones.iter().map(export).collect::<Result<Vec<_>, _>>()?)
+        }
+        #[cfg(feature = "store")]
+        Some(dir) => {
+            let image = options.image.as_deref();
+            if options.until == Until::Checked {
+                return crate::durable::check(dir, image, options.clones, &options.socket);
+            }
+            serve(options, crate::durable::exports(dir, image, options.clones)?)
+        }
+        #[cfg(not(feature = "store"))]
+        Some(_) => Err("--store needs feature `store`".into()),
+    }
+}
+
+fn serve(options: &Options, exports: Vec<Export>) -> Result<(), Box<dyn Error>> {
     let server = Server::start(&[Endpoint::unix(&options.socket)], ServerLimits::default())?;
-    // A clone lives for as long as somebody has it; its disk is what the server has.
-    let clones = (0..options.clones).map(|_| point.spawn(CloneSpec::default())).collect::<Result<Vec<_>, _>>()?;
-    for (clone, number) in clones.iter().zip(0..) {
-        let disk = clone.disk("root").expect("the template has one");
-        let export = Export::new(disk.clone()).described(format!("disk of {}", clone.identity().name))?;
+    for (export, number) in exports.into_iter().zip(0..) {
         server.add(ExportName::new(name(number))?, export)?;
     }
     let socket = options.socket.display();
     println!("{} clones of one image, as nbd+unix:///clone-N?socket={socket}", options.clones);
     match options.until {
         Until::Checked => check(&options.socket, options.clones)?,
-        Until::EndOfInput | Until::Interrupted => io::stdin().read_to_end(&mut Vec::new()).map(|_| ())?,
+        Until::EndOfInput | Until::Interrupted => guard::until_alone()?,
     }
     server.shutdown(Duration::from_secs(5));
     if options.until == Until::Checked && options.socket.exists() {
@@ -109,7 +139,7 @@ fn template(image: Option<&Path>) -> Result<ForkPoint<Heap>, Box<dyn Error>> {
     let tree = Tree::default();
     let disk = match image {
         Some(path) => Disk::over_image(&tree, Arc::new(FileImage::open(path, None)?), Access::ReadWrite)?,
-        None => Disk::blank(&tree, SectorCount::new(64 << 11), Access::ReadWrite)?,
+        None => Disk::blank(&tree, SectorCount::new(BLANK.get() / SECTOR_SIZE), Access::ReadWrite)?,
     };
     // The smallest RAM there is: this VM has nothing but a disk.
     let ram = RamLayout::flat(ByteSize::kib(4), PageSize::KIB_4)?;
@@ -118,11 +148,14 @@ fn template(image: Option<&Path>) -> Result<ForkPoint<Heap>, Box<dyn Error>> {
     Ok(vm.freeze(&mut AtRest(DeviceState::from_bytes(Vec::new())))?)
 }
 
+/// What no other clone gets.
+pub fn block(clone: u32) -> Vec<u8> {
+    (0..BLOCK).map(|at| (at % 241) as u8 ^ clone as u8 ^ 0x55).collect()
+}
+
 /// Writes to each clone what no other gets, and reads everything back.
 fn check(socket: &Path, clones: u32) -> Result<(), Box<dyn Error>> {
-    const BLOCK: u32 = 64 << 10;
     let mut before = Vec::new();
-    let block = |clone: u32| -> Vec<u8> { (0..BLOCK).map(|at| (at % 241) as u8 ^ clone as u8 ^ 0x55).collect() };
     for clone in 0..clones {
         let mut client = Client::open(socket, &name(clone), &[])?;
         let size = client.size.min(u64::from(BLOCK) * 4);
@@ -152,18 +185,4 @@ fn check(socket: &Path, clones: u32) -> Result<(), Box<dyn Error>> {
     }
     println!("{clones} clones checked: each holds its own data, and nobody else's");
     Ok(())
-}
-
-/// Ctrl-C ends a process at once, and only unsafe code can have it otherwise. So the server runs in a process that Ctrl-C does not reach, and
-/// ends when its standard input does: when this one is gone, by whatever way.
-fn serve_behind_a_guard() -> io::Result<ExitCode> {
-    let mut server = Command::new(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .arg("--until-eof")
-        .stdin(Stdio::piped())
-        .process_group(0)
-        .spawn()?;
-    // Waiting would close the input, which is to stay open for as long as this process lives.
-    let _open = server.stdin.take();
-    Ok(if server.wait()?.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

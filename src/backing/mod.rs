@@ -31,7 +31,7 @@ use std::sync::Arc;
 use crate::account::{Ledger, Limits, TreeUsage, Usage};
 use crate::error::SpaceError;
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, Geometry, PageCount, PageRange, PageSet};
+use crate::page::{ByteOffset, ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSet};
 
 /// What the spaces of one fork tree share: their limits, and the count of all that they hold.
 ///
@@ -282,6 +282,21 @@ pub trait Sealed: Source + Clone + fmt::Debug {
     /// # Errors
     /// [`SpaceError::MappingLimit`], or what the system refuses.
     fn spawn(&self) -> Result<Self::Live, SpaceError>;
+
+    /// The pages that may hold anything but zeroes: all that [`Source::next_data`] would find one after the other. Costs by their runs.
+    ///
+    /// # Errors
+    /// As [`Source::next_data`].
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        let size = self.geometry().page_size();
+        let (mut pages, mut at) = (PageSet::new(), ByteOffset::ZERO);
+        while let Some(data) = self.next_data(at)? {
+            let end = PageIndex::new(data.end.get().div_ceil(size.bytes().get()));
+            pages.push(PageRange::from_bounds(size.page_of(data.start), end));
+            at = data.end;
+        }
+        Ok(pages)
+    }
 
     /// Kernel mappings that a live space begins with, for admission to count. None, unless the kernel shares the pages.
     fn clone_mappings(&self) -> u64 {

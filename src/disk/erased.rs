@@ -41,6 +41,8 @@ pub(crate) trait AnySealed: Any + Source + fmt::Debug {
     fn geometry(&self) -> Geometry;
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError>;
     fn clone_mappings(&self) -> u64;
+    #[cfg(all(feature = "store", unix))]
+    fn data(&self) -> Result<PageSet, SpaceError>;
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError>;
     fn flatten(&self) -> Result<Arc<dyn AnySealed>, SpaceError>;
     fn merge_onto(&self, ancestor: &dyn AnySealed) -> Result<Arc<dyn AnySealed>, SpaceError>;
@@ -129,6 +131,11 @@ impl<S: Sealed> AnySealed for S {
 
     fn clone_mappings(&self) -> u64 {
         Sealed::clone_mappings(self)
+    }
+
+    #[cfg(all(feature = "store", unix))]
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        Sealed::data(self)
     }
 
     fn diff(&self, other: &dyn AnySealed) -> Result<PageSet, SpaceError> {

@@ -9,5 +9,12 @@ pub mod kvm;
 pub mod nbd;
 #[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
 pub mod qemu;
+#[cfg(any(
+    all(feature = "nbd", unix),
+    all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))
+))]
+mod socket_file;
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub mod uffd;
 #[cfg(all(feature = "vm-memory", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub mod vm_memory;

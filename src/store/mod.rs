@@ -62,7 +62,7 @@ pub use clones::{
     CloneError, CloneInfo, CloneName, CloneStore, Health, Kind, Problem, Repaired, SavedInfo, SpaceUsed, StoreOptions,
 };
 #[cfg(feature = "store")]
-pub(crate) use clones::{NewSaved, StoreTag, data_pages};
+pub(crate) use clones::{NewSaved, StoreTag};
 pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
 pub use id::{DiskId, LayerId, SavedId};

@@ -72,6 +72,17 @@ impl Presence {
         self.touch(range);
     }
 
+    /// Those groups of 64 pages that `range` touches and of which all are held: one word each.
+    pub(super) fn full_groups(&self, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+        let (first, end) = (range.start().get() / 64, range.end().get().div_ceil(64));
+        let words_a_block = WORDS as u64;
+        (first..end).filter_map(move |group| {
+            let words = self.blocks.get()?.get((group / words_a_block) as usize)?.get()?;
+            let full = words[(group % words_a_block) as usize].load(Ordering::Relaxed) == u64::MAX;
+            full.then(|| PageRange::from_bounds(PageIndex::new(group * 64), PageIndex::new((group + 1) * 64)))
+        })
+    }
+
     /// Takes pages out; returns the runs of those that were there. Costs by the blocks that exist.
     pub(super) fn remove(&mut self, range: PageRange) -> Vec<PageRange> {
         let mut removed: Vec<PageRange> = Vec::new();
@@ -147,5 +158,29 @@ impl Presence {
         for block in blocks {
             self.touch(PageRange::one(PageIndex::new(block * BLOCK_PAGES)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_groups_are_those_of_which_every_page_is_held() {
+        let range = |start, end| PageRange::from_bounds(PageIndex::new(start), PageIndex::new(end));
+        let mut presence = Presence::new(PageCount::new(BLOCK_PAGES + 100));
+        let full = |presence: &Presence, range| presence.full_groups(range).collect::<Vec<_>>();
+        let all = range(0, BLOCK_PAGES + 100);
+        assert!(full(&presence, all).is_empty());
+        presence.insert(range(1, 128));
+        assert_eq!(full(&presence, all), [range(64, 128)]);
+        presence.insert(range(0, 1));
+        assert_eq!(full(&presence, range(0, 1)), [range(0, 64)]);
+        // Across two blocks of the map; the last group of the space is cut short, and never full.
+        presence.insert(range(BLOCK_PAGES - 64, BLOCK_PAGES + 100));
+        let last = [range(BLOCK_PAGES - 64, BLOCK_PAGES), range(BLOCK_PAGES, BLOCK_PAGES + 64)];
+        assert_eq!(full(&presence, range(BLOCK_PAGES - 1, BLOCK_PAGES + 100)), last);
+        presence.remove(range(70, 71));
+        assert_eq!(full(&presence, range(0, 128)), [range(0, 64)]);
     }
 }

@@ -25,6 +25,8 @@ use super::wait::wait_readable;
 
 /// How much of what a child says on its standard error is kept: the last of it.
 const KEPT: usize = 16 << 10;
+/// How long the end of a killed process is waited for that is not our child.
+const ADOPTED: Duration = Duration::from_secs(10);
 
 /// A running child, or one that has ended. Dropping it kills the child and waits for it.
 pub(crate) struct ChildProcess {
@@ -32,6 +34,8 @@ pub(crate) struct ChildProcess {
     handle: OwnedFd,
     end: Arc<End>,
     keeper: Option<JoinHandle<()>>,
+    /// Not a child: there is no keeper that waits for it.
+    adopted: bool,
 }
 
 /// What is known of the child by its keeper.
@@ -56,10 +60,21 @@ impl ChildProcess {
             thread::Builder::new().name("child-keeper".into()).stack_size(256 << 10).spawn(keep)?
         };
         match starting.recv() {
-            Ok(Ok((pid, handle))) => Ok(Self { pid, handle, end, keeper: Some(keeper) }),
+            Ok(Ok((pid, handle))) => Ok(Self { pid, handle, end, keeper: Some(keeper), adopted: false }),
             Ok(Err(error)) => Err(error),
             Err(mpsc::RecvError) => Err(io::Error::other("the thread that was to start a child has panicked")),
         }
+    }
+
+    /// Takes a process that is there already and is nobody's to keep here: its end is noticed, what it says is not known.
+    ///
+    /// # Errors
+    /// No such process.
+    pub(crate) fn adopt(pid: u32) -> io::Result<Self> {
+        check(Call::Spawn)?;
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
+        let handle = pidfd_open(raw, PidfdFlags::empty())?;
+        Ok(Self { pid, handle, end: Arc::default(), keeper: None, adopted: true })
     }
 
     /// Its number, which means it as long as this lives and it has not been waited for.
@@ -89,14 +104,20 @@ impl ChildProcess {
 
     /// Kills it and waits until nothing of it is left: no mapping, no descriptor.
     pub(crate) fn end(&mut self) {
-        let Some(keeper) = self.keeper.take() else { return };
+        let keeper = self.keeper.take();
+        if keeper.is_none() && !std::mem::take(&mut self.adopted) {
+            return;
+        }
         match pidfd_send_signal(&self.handle, Signal::KILL) {
             // ESRCH: it was waited for already.
             Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => tracing::error!(pid = self.pid, %error, "a child could not be killed"),
         }
-        if keeper.join().is_err() {
-            tracing::error!(pid = self.pid, "the keeper of a child has panicked");
+        match keeper.map(JoinHandle::join) {
+            Some(Ok(())) => {}
+            Some(Err(_)) => tracing::error!(pid = self.pid, "the keeper of a child has panicked"),
+            // Killed, it ends whatever it was doing.
+            None => drop(wait_readable(&[self.handle.as_fd()], Some(ADOPTED))),
         }
     }
 }
@@ -245,6 +266,16 @@ mod tests {
         assert!(child.wait(Duration::ZERO).unwrap());
         assert!(child.status().is_some_and(|status| !status.success()));
         assert!(!std::path::Path::new(&format!("/proc/{}", child.pid())).exists());
+    }
+
+    #[test]
+    fn a_process_that_is_adopted_ends_with_its_handle_too() {
+        let mut theirs = shell("sleep 1000").spawn().unwrap();
+        let adopted = ChildProcess::adopt(theirs.id()).unwrap();
+        assert!(!adopted.wait(Duration::ZERO).unwrap());
+        drop(adopted);
+        assert!(!theirs.wait().unwrap().success());
+        assert!(ChildProcess::adopt(u32::MAX).is_err());
     }
 
     #[test]

@@ -27,9 +27,18 @@ pub(crate) enum Call {
     UffdRegister,
     UffdWriteProtect,
     Getrandom,
-    #[cfg_attr(not(feature = "nbd"), expect(dead_code, reason = "only that front end makes it"))]
+    #[cfg_attr(
+        not(any(feature = "nbd", feature = "uffd")),
+        expect(dead_code, reason = "only those front ends make it")
+    )]
     Poll,
-    #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
+    /// Any call on a userfaultfd, or a connection, of another process.
+    #[cfg_attr(not(feature = "uffd"), expect(dead_code, reason = "only that front end makes them"))]
+    Peer(PeerCall),
+    #[cfg_attr(
+        not(any(feature = "qemu", feature = "uffd")),
+        expect(dead_code, reason = "only those front ends make it")
+    )]
     Dup,
     #[cfg_attr(not(feature = "qemu"), expect(dead_code, reason = "only that front end makes it"))]
     Spawn,
@@ -43,6 +52,37 @@ pub(crate) enum Call {
     /// Any call on a KVM machine that makes a part of it ahead of need, moves its registers or reads its log.
     #[cfg_attr(not(feature = "kvm"), expect(dead_code, reason = "only that front end makes it"))]
     Kvm,
+}
+
+/// A call that serves another process's faults.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(not(feature = "uffd"), expect(dead_code, reason = "only that front end makes them"))]
+pub(crate) enum PeerCall {
+    Recvmsg,
+    Getsockopt,
+    Readlink,
+    SetNonblocking,
+    Read,
+    Copy,
+    Zeropage,
+    Wake,
+    Poison,
+}
+
+impl PeerCall {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Recvmsg => "recvmsg",
+            Self::Getsockopt => "getsockopt",
+            Self::Readlink => "readlink",
+            Self::SetNonblocking => "fcntl(F_SETFL)",
+            Self::Read => "read",
+            Self::Copy => "ioctl(UFFDIO_COPY)",
+            Self::Zeropage => "ioctl(UFFDIO_ZEROPAGE)",
+            Self::Wake => "ioctl(UFFDIO_WAKE)",
+            Self::Poison => "ioctl(UFFDIO_POISON)",
+        }
+    }
 }
 
 impl Call {
@@ -69,6 +109,7 @@ impl Call {
             Self::UffdWriteProtect => "ioctl(UFFDIO_WRITEPROTECT)",
             Self::Getrandom => "getrandom",
             Self::Poll => "poll",
+            Self::Peer(call) => call.name(),
             Self::Dup => "fcntl(F_DUPFD_CLOEXEC)",
             Self::Spawn => "fork",
             Self::Fdatasync => "fdatasync",

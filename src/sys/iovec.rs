@@ -1,13 +1,15 @@
 //! Buffers named by address, for system calls that read or write guest memory directly.
 //!
-//! Owns `struct iovec`, and the one system call that rustix lacks. A slice of guest memory must never exist, so calls
+//! Owns `struct iovec`, and a vectored call that rustix lacks. A slice of guest memory must never exist, so calls
 //! that std and rustix declare over slices get vectors of the same layout instead. It must not know what is copied.
-#![allow(unsafe_code)] // Layout casts and a raw system call.
+#![allow(unsafe_code)] // Layout casts, and a system call by number.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 
 use rustix::io::Errno;
+
+use super::raw::syscall5;
 
 /// `struct iovec`: an address and a length.
 #[repr(C)]
@@ -85,40 +87,11 @@ pub(super) unsafe fn discard_vectored(vectors: &[RawIoVec]) -> Result<usize, Err
     const PIDFD_SELF_THREAD_GROUP: isize = -10001; // uapi/linux/pidfd.h
     const MADV_DONTNEED: usize = 4;
     debug_assert!(vectors.len() <= MAX_VECTORS);
-    let result: isize;
-    // SAFETY: a system call with five arguments by the kernel's convention; it reads `vectors` and writes no memory
-    // but what the caller vouches for. The kernel keeps all registers but those named.
-    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the call reads `vectors` and writes no memory but what the caller vouches for.
     unsafe {
-        std::arch::asm!(
-            "syscall",
-            inlateout("rax") PROCESS_MADVISE as isize => result,
-            in("rdi") PIDFD_SELF_THREAD_GROUP,
-            in("rsi") vectors.as_ptr(),
-            in("rdx") vectors.len(),
-            in("r10") MADV_DONTNEED,
-            in("r8") 0,
-            lateout("rcx") _,
-            lateout("r11") _,
-            options(nostack),
-        );
-    }
-    // SAFETY: as above.
-    #[cfg(target_arch = "aarch64")]
-    unsafe {
-        std::arch::asm!(
-            "svc 0",
-            in("x8") PROCESS_MADVISE,
-            inlateout("x0") PIDFD_SELF_THREAD_GROUP => result,
-            in("x1") vectors.as_ptr(),
-            in("x2") vectors.len(),
-            in("x3") MADV_DONTNEED,
-            in("x4") 0,
-            options(nostack),
-        );
-    }
-    match usize::try_from(result) {
-        Ok(done) => Ok(done),
-        Err(_) => Err(Errno::from_raw_os_error(-result as i32)),
+        syscall5(
+            PROCESS_MADVISE,
+            [PIDFD_SELF_THREAD_GROUP as usize, vectors.as_ptr().expose_provenance(), vectors.len(), MADV_DONTNEED, 0],
+        )
     }
 }

@@ -106,7 +106,7 @@ impl File {
     ///
     /// # Errors
     /// [`SysError::OutOfDescriptors`].
-    #[cfg(feature = "qemu")]
+    #[cfg(any(feature = "qemu", feature = "uffd"))]
     pub(crate) fn share(&self) -> Result<OwnedFd, SysError> {
         checked(Call::Dup, || rustix::io::fcntl_dupfd_cloexec(&self.fd, 0))
     }

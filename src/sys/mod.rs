@@ -15,7 +15,7 @@ pub(crate) mod fault;
 pub(crate) mod headroom;
 pub(crate) mod image_map;
 pub(crate) mod volatile;
-#[cfg(all(feature = "nbd", unix))]
+#[cfg(all(any(feature = "nbd", feature = "uffd"), unix))]
 pub(crate) mod wait;
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -26,6 +26,8 @@ pub(crate) mod child;
 pub(crate) mod copy_back;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod error;
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) mod foreign_uffd;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod freeze;
 #[cfg(all(feature = "kvm", target_os = "linux", target_arch = "x86_64"))]
@@ -40,6 +42,10 @@ pub(crate) mod mapping;
 pub(crate) mod memfd;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod pagemap;
+#[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) mod peer;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod raw;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) mod reservation;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]

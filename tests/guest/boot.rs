@@ -46,7 +46,7 @@ pub fn boot(tree: &Tree, image: &GuestImage) -> QemuVm {
     let spec = QemuSpec {
         // It has random numbers of its own, which the kernel's generator begins with.
         cpu: Some("max".into()),
-        // With one processor QEMU's translator, before release 8, leaves out the barriers between the guest and the devices' thread, and a
+        // With one processor QEMU's translator, before release 8.1, leaves out the barriers between the guest and the devices' thread, and a
         // notification of a virtio ring may be lost: the guest waits for what is there, until the next comes.
         cpus: 2,
         kernel: Some(kernel),

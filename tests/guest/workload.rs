@@ -15,7 +15,7 @@ use offshoot::page::{Lba, SectorCount};
 use crate::boot::{Agent, Scratch, boot, image, until};
 use crate::guest_image::{GuestImage, program};
 
-const SLOTS: u32 = 96;
+const SLOTS: u32 = 64;
 const MEDIA: [&str; 6] = ["anon", "mapped", "buffered", "names", "synced", "direct"];
 /// What the verifier says of a record that does not hold: EBADMSG.
 const BROKEN: i32 = 74;

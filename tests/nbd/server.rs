@@ -1,9 +1,10 @@
 //! The server itself: sockets, clients that come and go, exports that do, and its end.
 
 use std::fs;
+use std::io::Read;
 use std::net::TcpStream;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -49,11 +50,30 @@ fn a_hundred_clients_on_ten_exports() {
 }
 
 #[test]
-fn one_client_too_many_is_hung_up_on() {
+fn one_client_too_many_is_told_so_and_hung_up_on() {
     let served = Served::start(ServerLimits { clients: 2, ..ServerLimits::default() });
     served.add("d", &blank(8));
     let (first, _second) = (served.open("d"), served.open("d"));
-    assert!(Client::open(&served.path, "d", &[]).is_err());
+    let refused = Client::open(&served.path, "d", &[]).err().expect("one too many").to_string();
+    assert!(refused.contains("as many clients as it takes") && refused.contains("0x80000002"), "{refused}");
+    // Whatever it asks, and for as long as it likes to ask, within a second.
+    let mut third = Client::connect(&served.path).unwrap();
+    for option in [OPT_LIST, OPT_STRUCTURED_REPLY, OPT_INFO, OPT_GO, 4711] {
+        let answers = third.option(option, &info_request("d", &[])).unwrap();
+        assert!(answers.len() == 1 && answers[0].0 == 0x8000_0002, "{option}: {answers:?}");
+    }
+    assert_eq!(third.option(OPT_ABORT, &[]).unwrap()[0].0, REP_ACK);
+    assert!(third.is_over());
+    // The old way has no errors.
+    let mut old = Client::connect(&served.path).unwrap();
+    old.send(&option_bytes(OPT_EXPORT_NAME, b"d")).unwrap();
+    assert!(old.is_over());
+    // Those who say nothing hold up nobody that has a place, and are hung up on.
+    let mut silent: Vec<_> = (0..30).map(|_| UnixStream::connect(&served.path).unwrap()).collect();
+    let mut greeting = Vec::new();
+    silent.pop().unwrap().read_to_end(&mut greeting).unwrap();
+    assert!(greeting.is_empty(), "too many wait: this one is not even greeted");
+    drop(silent);
     first.disconnect().unwrap();
     until("its place is free", || served.server.clients() == 1);
     served.open("d").read(0, 512).unwrap();

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use offshoot::backing::Backing;
 use offshoot::disk::{Access, Disk};
@@ -24,7 +25,10 @@ pub struct Temp(pub PathBuf);
 
 impl Temp {
     pub fn new(what: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("offshoot-saved-{what}-{}", std::process::id()));
+        // The same test runs on several backings at once.
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("offshoot-saved-{what}-{}-{serial}", std::process::id()));
         std::fs::remove_dir_all(&path).ok();
         Self(path)
     }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::ops::Range;
-#[cfg(feature = "qemu")]
+#[cfg(any(feature = "qemu", feature = "uffd"))]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -183,7 +183,7 @@ impl MappedImage {
 
     /// The one sealed file that shows the whole image, every byte at its own offset; `None` where it lies on several, or on none: a
     /// flattened image has one. The descriptor is the caller's own.
-    #[cfg(feature = "qemu")]
+    #[cfg(any(feature = "qemu", feature = "uffd"))]
     pub(crate) fn whole_file(&self) -> Result<Option<OwnedFd>, SpaceError> {
         let Some(map) = self.map() else { return Ok(None) };
         let (base, over) = map.plan();
@@ -268,7 +268,7 @@ impl Source for MappedImage {
             return next_data_in(&self.0.index, size, self.0.base.as_deref(), at);
         }
         let (mut from, end) = (size.page_of(at), PageIndex::new(geometry.pages().get()));
-        let mut window = PageCount::new(1 << 6);
+        let mut window = PageCount::new(1 << 10);
         while from < end {
             let to = from.checked_add(window).map_or(end, |to| to.min(end));
             let asked = PageSet::from(PageRange::from_bounds(from, to));
@@ -306,6 +306,11 @@ impl Sealed for MappedImage {
     fn diff(&self, other: &Self) -> Result<PageSet, SpaceError> {
         self.check_related(other)?;
         Ok(self.0.index.diff(&other.0.index))
+    }
+
+    /// The kernel is asked once for each run: it looks for the end of one as far as the file has data, so to ask piece by piece would cost the square.
+    fn data(&self) -> Result<PageSet, SpaceError> {
+        self.data_in(&PageSet::from(self.0.geometry.all()))
     }
 
     fn flatten(&self) -> Result<Self, SpaceError> {

@@ -17,6 +17,7 @@
 //! Locking: `state` is held shared by every access through this type, exclusively by cut, reset and zero. vCPUs go through host
 //! pointers and take no lock: they must be paused for those, which is the guest's contract.
 
+mod allocation;
 #[cfg(test)]
 mod chain_tests;
 mod copy_back;
@@ -52,7 +53,7 @@ use self::image::is_hole;
 use self::layer::{HOST_PAGE, Layer, Version, host_pages, space_pages};
 use self::tracker::Tracker;
 use super::heap::VIEW_PATIENCE;
-use super::{Backing, Prefault, Prefaulted, Sealed, Tree, WorkingSet};
+use super::{Backing, Extent, Prefault, Prefaulted, Sealed, Tree, WorkingSet};
 use crate::account::Usage;
 use crate::error::{SpaceError, SystemError};
 use crate::image::Source;
@@ -501,6 +502,11 @@ impl Backing for Mapped {
 
     fn dirty(&self) -> Result<PageSet, SpaceError> {
         self.shared()?.dirty()
+    }
+
+    /// Asks the kernel: by the page tables in use in `range`, and two calls for each run of data.
+    fn allocation(&self, range: PageRange) -> Result<Vec<Extent>, SpaceError> {
+        self.shared()?.allocation(range)
     }
 
     fn reset(&self) -> Result<PageCount, SpaceError> {

@@ -2,7 +2,7 @@
 //! the library is handed open files and a gate that opens nothing it was not told to.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,9 +38,30 @@ pub(super) enum Content {
     /// Read through the library.
     Mapped {
         access: Box<FormatAccess<LibraryFile>>,
-        /// Where the file that holds data ends, rounded up to a cluster. None where this was checked at opening.
-        data_end: Option<u64>,
+        /// The file that holds the data, where it is one.
+        data: Option<DataFile>,
     },
+}
+
+/// A file that holds clusters as they are: read by us, and the library is asked only where they are.
+#[derive(Debug)]
+pub(super) struct DataFile {
+    file: File,
+    len: u64,
+    cluster: u64,
+}
+
+impl DataFile {
+    /// Fills `buf` from `at`. The file may end within its last cluster.
+    pub(super) fn read(&self, path: &Path, at: u64, buf: &mut [u8]) -> Result<(), FormatError> {
+        let end = at.saturating_add(buf.len() as u64);
+        if end > self.len.next_multiple_of(self.cluster) {
+            return Err(FormatError::refused(path, Rule::Truncated { at: end, file: ByteSize::new(self.len) }));
+        }
+        let held = self.len.saturating_sub(at).min(buf.len() as u64) as usize;
+        buf[held..].fill(0);
+        self.file.read_exact_at(&mut buf[..held], at).map_err(|error| FormatError::io(path, error))
+    }
 }
 
 /// Files that are open, to find cycles and to count.
@@ -115,7 +136,8 @@ fn qcow2(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<(Layer, Bel
         None => None,
     };
     let holds_data = data.as_ref().unwrap_or(&file);
-    let end = holds_data.metadata().map_err(|error| FormatError::io(path, error))?.len();
+    let io = |error| FormatError::io(path, error);
+    let (len, own) = (holds_data.metadata().map_err(io)?.len(), holds_data.try_clone().map_err(io)?);
     let data = data.map(library).transpose()?;
     let file = library(file)?;
     let access = guarded(path, || {
@@ -137,8 +159,8 @@ fn qcow2(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<(Layer, Bel
             Some((at, known))
         }
     };
-    let data_end = Some(end.next_multiple_of(header.cluster));
-    let content = Content::Mapped { access: Box::new(access), data_end };
+    let data = Some(DataFile { file: own, len, cluster: header.cluster });
+    let content = Content::Mapped { access: Box::new(access), data };
     Ok((Layer { path: path.to_owned(), len: header.size, content }, below))
 }
 
@@ -168,7 +190,7 @@ fn vmdk(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<Layer, Forma
     }
     policy.check_size(path, size)?;
     guarded(path, || extents_are_whole(path, &access))??;
-    let content = Content::Mapped { access: Box::new(access), data_end: None };
+    let content = Content::Mapped { access: Box::new(access), data: None };
     Ok(Layer { path: path.to_owned(), len: size, content })
 }
 

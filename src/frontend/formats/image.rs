@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use imago::file::File as LibraryFile;
 use imago::{FormatAccess, ShallowMapping, StorageExt};
 
-use super::chain::{self, Content, Layer, guarded, library_error};
+use super::chain::{self, Content, DataFile, Layer, guarded, library_error};
 use super::import::PIECE;
 use super::vmdk_sparse::SparseVmdk;
 use super::{Format, FormatError, ImportPolicy, Rule};
@@ -35,6 +35,8 @@ enum Found<'l> {
     Raw(&'l FileImage),
     /// In a sparse VMDK, at this place in its file.
     Sparse(&'l SparseVmdk, u64),
+    /// In the file that holds the layer's data, at this place.
+    Held(&'l DataFile, u64),
     /// In a file that the library has open, at this place.
     Stored(&'l LibraryFile, u64),
     /// To be unpacked by the library.
@@ -112,13 +114,13 @@ impl ImportedImage {
 
     /// What a layer says of the bytes from `at` on, which are inside it, and for how many of the next `most` it is so. Never for none.
     fn find<'l>(&self, layer: &'l Layer, at: u64, most: u64) -> Result<(Found<'l>, u64), FormatError> {
-        let (access, data_end) = match &layer.content {
+        let (access, data) = match &layer.content {
             Content::Raw(image) => return Ok((Found::Raw(image), most)),
             Content::Sparse(image) => {
                 let (from, len) = image.find(&layer.path, at, most)?;
                 return Ok((from.map_or(Found::Below, |from| Found::Sparse(image, from)), len));
             }
-            Content::Mapped { access, data_end } => (access, data_end),
+            Content::Mapped { access, data } => (access, data),
         };
         let (mapping, len) = self.library(layer, || access.get_shallow_mapping(at, most))?;
         let len = len.min(most);
@@ -128,14 +130,10 @@ impl ImportedImage {
         let found = match mapping {
             ShallowMapping::Zero { explicit: true, .. } => Found::Zero,
             ShallowMapping::Zero { .. } => Found::Below,
-            ShallowMapping::Raw { storage, offset, .. } => {
-                let end = offset.saturating_add(len);
-                if let Some(file) = data_end.filter(|file| end > *file) {
-                    let rule = Rule::Truncated { at: end, file: ByteSize::new(file) };
-                    return Err(FormatError::refused(&layer.path, rule));
-                }
-                Found::Stored(storage, offset)
-            }
+            ShallowMapping::Raw { storage, offset, .. } => match data {
+                Some(file) => Found::Held(file, offset),
+                None => Found::Stored(storage, offset),
+            },
             _ => Found::Library(access),
         };
         Ok((found, len))
@@ -150,6 +148,7 @@ impl ImportedImage {
             Found::Zero => part.fill(0),
             Found::Raw(image) => image.read(ByteOffset::new(at), part)?,
             Found::Sparse(image, from) => image.read(&layer.path, from, part)?,
+            Found::Held(file, offset) => file.read(&layer.path, offset, part)?,
             Found::Stored(storage, offset) => self.library(layer, || storage.read(&mut *part, offset))?,
             Found::Library(access) => self.library(layer, || access.read(&mut *part, at))?,
         }

@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use super::execute::execute;
 use super::export::Exports;
 use super::limits::{Budget, Reservation, ServerLimits};
-use super::negotiation::{Agreed, Negotiation, Step};
+use super::negotiation::{Agreed, Negotiation, Step, Welcome};
 use super::reply::ReplyBuffer;
 use super::request::{Command, Durability, Refusal, Request};
 use super::session::{gone, most_skipped};
@@ -47,7 +47,10 @@ pub(super) fn serve(common: &Common, socket: &Socket, agreed: impl FnOnce(&Agree
     socket.write_patience(common.limits.patience)?;
     let mut input = Input::new();
     let mut out = ReplyBuffer::default();
-    let Some(terms) = negotiate(common, socket, &mut input, &mut out)? else { return Ok(()) };
+    let negotiation = Negotiation::begin(Welcome::Open, &common.limits, &mut out);
+    let deadline = Instant::now() + common.limits.handshake;
+    let agreed_on = negotiate(negotiation, &common.exports, socket, deadline, &mut input, &mut out)?;
+    let Some(terms) = agreed_on else { return Ok(()) };
     agreed(&terms);
     socket.read_patience(None)?;
     let transmission = Transmission {
@@ -66,16 +69,25 @@ pub(super) fn serve(common: &Common, socket: &Socket, agreed: impl FnOnce(&Agree
     })
 }
 
+/// Tells a client that there is no room for it, as soon as it asks for anything; it may take so long to.
+pub(super) fn turn_away(limits: &ServerLimits, socket: &Socket, patience: Duration) -> io::Result<()> {
+    socket.write_patience(patience)?;
+    let (mut input, mut out) = (Input::new(), ReplyBuffer::default());
+    let negotiation = Negotiation::begin(Welcome::Full, limits, &mut out);
+    let deadline = Instant::now() + patience;
+    negotiate(negotiation, &Exports::default(), socket, deadline, &mut input, &mut out).map(drop)
+}
+
 fn negotiate(
-    common: &Common,
+    mut negotiation: Negotiation,
+    exports: &Exports,
     socket: &Socket,
+    deadline: Instant,
     input: &mut Input,
     out: &mut ReplyBuffer,
 ) -> io::Result<Option<Box<Agreed>>> {
-    let deadline = Instant::now() + common.limits.handshake;
-    let mut negotiation = Negotiation::begin(&common.limits, out);
     loop {
-        let step = negotiation.step(input.data(), &common.exports, out);
+        let step = negotiation.step(input.data(), exports, out);
         if !out.is_empty() && (!matches!(step, Step::Consumed(_)) || out.filled().len() >= GATHERED) {
             socket.write_all(out.filled())?;
             out.clear(KEEP);

@@ -13,7 +13,7 @@ use crate::page::ByteSize;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ServerLimits {
-    /// Clients connected at once. One more is hung up on.
+    /// Clients connected at once. One more is told so as soon as it asks for anything (ERR_POLICY), and hung up on.
     pub clients: u64,
     /// The longest read or write: told to the client as the maximum block size, and an error beyond.
     pub request: ByteSize,

@@ -25,10 +25,11 @@ mod socket;
 mod status;
 mod wire;
 
+pub use crate::frontend::socket_file::SocketMode;
 pub use context::{BASE_ALLOCATION, DIRTY_BITMAP};
 pub use export::{AddError, BadName, Export, ExportName, Exports};
 pub use gate::Drained;
 pub use limits::ServerLimits;
 pub use server::{Server, StartError};
 pub use session::{Session, SessionStep};
-pub use socket::{Endpoint, SocketMode};
+pub use socket::Endpoint;

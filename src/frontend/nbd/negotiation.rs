@@ -47,9 +47,18 @@ pub(super) enum Step {
     Over,
 }
 
+/// Whether a client may agree on anything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Welcome {
+    Open,
+    /// There are as many clients as the server takes: this one is told so, whatever it asks.
+    Full,
+}
+
 /// How far a client has come.
 #[derive(Debug)]
 pub(super) struct Negotiation {
+    welcome: Welcome,
     longest: ByteSize,
     flags: Option<u32>,
     replies: Replies,
@@ -64,11 +73,12 @@ pub(super) struct Negotiation {
 struct Answer(u32, &'static str);
 
 const MALFORMED: Answer = Answer(answer::ERR_INVALID, "the option's data is malformed");
+const FULL: Answer = Answer(answer::ERR_POLICY, "this server has as many clients as it takes: try again later");
 const UNKNOWN_EXPORT: Answer = Answer(answer::ERR_UNKNOWN, "there is no export of this name");
 
 impl Negotiation {
     /// Greets.
-    pub(super) fn begin(limits: &ServerLimits, out: &mut ReplyBuffer) -> Self {
+    pub(super) fn begin(welcome: Welcome, limits: &ServerLimits, out: &mut ReplyBuffer) -> Self {
         let greeting = Greeting {
             magic: wire::NBD_MAGIC.into(),
             option_magic: wire::OPTION_MAGIC.into(),
@@ -76,7 +86,8 @@ impl Negotiation {
         };
         out.append(greeting.as_bytes());
         let contexts = (Vec::new(), Contexts::default());
-        Self { longest: limits.request, flags: None, replies: Replies::Simple, contexts, options: 0, skip: 0 }
+        let replies = Replies::Simple;
+        Self { welcome, longest: limits.request, flags: None, replies, contexts, options: 0, skip: 0 }
     }
 
     /// Deals with one message, or a part of one that is skipped, at the start of `input`.
@@ -120,7 +131,8 @@ impl Negotiation {
                 return Step::Over;
             }
             option::EXPORT_NAME => {
-                let Some(export) = find(exports, data).filter(|_| !closing) else { return Step::Over };
+                let open = !closing && self.welcome == Welcome::Open;
+                let Some(export) = find(exports, data).filter(|_| open) else { return Step::Over };
                 let agreed = self.agree(export, data);
                 let size = agreed.export.capacity().get() * SECTOR_SIZE;
                 let flags = offered(&agreed);
@@ -130,6 +142,7 @@ impl Negotiation {
                 }
                 return Step::Agreed(taken, Box::new(agreed));
             }
+            _ if self.welcome == Welcome::Full => Err(FULL),
             _ if closing => Err(Answer(answer::ERR_SHUTDOWN, "the server is shutting down")),
             option::LIST => list(data, exports, out),
             option::STRUCTURED_REPLY if data.is_empty() => {

@@ -7,6 +7,7 @@ use std::fmt;
 use std::io::{self, PipeWriter, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -191,7 +192,33 @@ impl Drop for Server {
     }
 }
 
+/// How long a client that there is no room for may take to hear so.
+const TURNED_AWAY: Duration = Duration::from_secs(1);
+/// How many of them wait to hear it. More are hung up on.
+const MOST_TURNED_AWAY: usize = 16;
+
+/// Clients that there is no room for: one thread tells them so, one after the other. `None` where there is no thread for it.
+fn turn_away(limits: ServerLimits) -> Option<SyncSender<Socket>> {
+    let (sender, waiting) = mpsc::sync_channel::<Socket>(MOST_TURNED_AWAY);
+    let tell = move || {
+        for socket in waiting {
+            if let Err(error) = connection::turn_away(&limits, &socket, TURNED_AWAY) {
+                tracing::debug!(%error, "a client that there is no room for was lost");
+            }
+            socket.shut(Shutdown::Both);
+        }
+    };
+    // It holds nothing of the server, and ends with the last of those who wait.
+    let spawned = thread::Builder::new().name("nbd-full".into()).spawn(tell);
+    spawned
+        .map(|_| sender)
+        .inspect_err(|error| tracing::warn!(%error, "clients are hung up on where there is no room"))
+        .ok()
+}
+
 fn accept(shared: &Arc<Shared>, listeners: &[Listener], woken: &io::PipeReader) {
+    // Made when the first client is one too many.
+    let mut full = None;
     let mut fds = vec![woken.as_fd()];
     fds.extend(listeners.iter().map(AsFd::as_fd));
     loop {
@@ -207,7 +234,15 @@ fn accept(shared: &Arc<Shared>, listeners: &[Listener], woken: &io::PipeReader) 
             return;
         }
         for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
-            let welcomed = listener.accept().and_then(|socket| socket.map_or(Ok(()), |socket| welcome(shared, socket)));
+            let turned_away = |socket| {
+                let limits = shared.common.limits;
+                if let Some(waiting) = full.get_or_insert_with(|| turn_away(limits)) {
+                    // Dropped where too many wait: it is hung up on.
+                    let _hung_up_on = waiting.try_send(socket);
+                }
+            };
+            let accepted = listener.accept();
+            let welcomed = accepted.and_then(|socket| socket.map_or(Ok(()), |it| welcome(shared, it, turned_away)));
             if let Err(error) = welcomed {
                 tracing::warn!(%error, "a client was not let in");
                 // Most likely no descriptor or thread is left, and the client still waits: do not spin.
@@ -220,19 +255,19 @@ fn accept(shared: &Arc<Shared>, listeners: &[Listener], woken: &io::PipeReader) 
     }
 }
 
-fn welcome(shared: &Arc<Shared>, socket: Socket) -> io::Result<()> {
-    let client = Arc::new(Client { socket, export: OnceLock::new() });
-    let seat = {
+fn welcome(shared: &Arc<Shared>, socket: Socket, turn_away: impl FnOnce(Socket)) -> io::Result<()> {
+    let (client, seat) = {
         let mut clients = shared.clients.lock();
         if clients.there.len() as u64 >= shared.common.limits.clients {
-            // Dropped, it is hung up on: a thread only to say why would be one more client.
             tracing::warn!(limit = shared.common.limits.clients, "one client too many: raise ServerLimits::clients");
+            turn_away(socket);
             return Ok(());
         }
+        let client = Arc::new(Client { socket, export: OnceLock::new() });
         let number = clients.next;
         clients.next += 1;
         clients.there.insert(number, client.clone());
-        Seat { shared: shared.clone(), number }
+        (client, Seat { shared: shared.clone(), number })
     };
     let serve = move || {
         let agreed = |agreed: &super::negotiation::Agreed| {

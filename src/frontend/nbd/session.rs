@@ -5,7 +5,7 @@
 use super::execute::execute;
 use super::export::Exports;
 use super::limits::ServerLimits;
-use super::negotiation::{Agreed, Negotiation, Step};
+use super::negotiation::{Agreed, Negotiation, Step, Welcome};
 use super::reply::ReplyBuffer;
 use super::request::{Command, Refusal, Request};
 use super::wire::{ErrorCode, REQUEST_LEN};
@@ -61,7 +61,7 @@ impl Session {
     /// A client that has just come. Its greeting is in the output.
     pub fn new(exports: Exports, limits: &ServerLimits) -> Self {
         let mut out = ReplyBuffer::default();
-        let stage = Stage::Negotiating(Negotiation::begin(limits, &mut out));
+        let stage = Stage::Negotiating(Negotiation::begin(Welcome::Open, limits, &mut out));
         Self { exports, stage, input: Vec::new(), taken: 0, out }
     }
 

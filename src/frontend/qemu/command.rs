@@ -4,7 +4,6 @@
 //! not start anything.
 
 use std::ffi::OsString;
-use std::os::fd::RawFd;
 use std::path::Path;
 
 use serde_json::json;
@@ -33,10 +32,12 @@ pub(super) enum Role {
 /// What lies behind the devices of one process.
 pub(super) struct Wiring<'a> {
     pub(super) identity: &'a Identity,
-    pub(super) memory: RawFd,
+    /// Where it opens the memory file.
+    pub(super) memory: &'a str,
     pub(super) view: MemoryView,
     pub(super) role: Role,
-    pub(super) control: RawFd,
+    /// What its control socket is, as `-chardev socket` takes it.
+    pub(super) control: &'a str,
     pub(super) disks: &'a Path,
     pub(super) exports: Vec<&'a str>,
     pub(super) console: &'a Path,
@@ -100,12 +101,12 @@ pub(super) fn arguments(spec: &QemuSpec, wiring: &Wiring<'_>) -> Vec<OsString> {
         MemoryView::Private => "off",
     };
     let backend = format!(
-        "memory-backend-file,id=ram,size={},mem-path=/proc/self/fd/{},share={share},prealloc=off,merge=off",
+        "memory-backend-file,id=ram,size={},mem-path={},share={share},prealloc=off,merge=off",
         spec.ram.get(),
         wiring.memory
     );
     option("-object", &[text(backend)]);
-    option("-chardev", &[text(format!("socket,id=control,fd={}", wiring.control))]);
+    option("-chardev", &[text(format!("socket,id=control,{}", wiring.control))]);
     option("-mon", &["chardev=control,mode=control".into()]);
     option("-chardev", &["file,id=console,append=on,path=".into(), value(wiring.console)]);
     option("-serial", &["chardev:console".into()]);
@@ -166,10 +167,10 @@ mod tests {
         let identity = Identity::fresh(VmName::new("a,b").unwrap()).unwrap();
         let wiring = Wiring {
             identity: &identity,
-            memory: 40,
+            memory: "/proc/self/fd/40",
             view,
             role,
-            control: 41,
+            control: "fd=41",
             disks: Path::new("/run/x,y/disks"),
             exports: vec!["3/0", "3/1"],
             console: Path::new("/run/x,y/console"),

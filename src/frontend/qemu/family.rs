@@ -26,9 +26,9 @@ pub(super) struct Family {
     next: AtomicU64,
 }
 
-/// A directory that is removed with all that is in it.
+/// A directory that is removed with all that is in it; before the family's, which it keeps.
 #[derive(Debug)]
-pub(super) struct Directory(PathBuf);
+pub(super) struct Directory(PathBuf, Option<Arc<Family>>);
 
 impl Drop for Directory {
     fn drop(&mut self) {
@@ -40,7 +40,7 @@ impl Drop for Directory {
 
 impl Directory {
     fn create(path: PathBuf) -> io::Result<Self> {
-        DirBuilder::new().mode(0o700).create(&path).map(|()| Self(path))
+        DirBuilder::new().mode(0o700).create(&path).map(|()| Self(path, None))
     }
 
     pub(super) fn join(&self, name: &str) -> PathBuf {
@@ -81,9 +81,11 @@ impl Family {
     }
 
     /// A directory for one more process.
-    pub(super) fn place(&self) -> Result<Directory, QemuError> {
+    pub(super) fn place(self: &Arc<Self>) -> Result<Directory, QemuError> {
         let path = self.directory.join(&self.number().to_string());
-        Directory::create(path).map_err(QemuError::files("a guest's directory"))
+        let mut place = Directory::create(path).map_err(QemuError::files("a guest's directory"))?;
+        place.1 = Some(self.clone());
+        Ok(place)
     }
 }
 

@@ -27,6 +27,9 @@ use crate::page::ByteSize;
 use crate::sys::child::ChildProcess;
 use crate::sys::wait::wait_readable;
 
+/// How long a process that has failed may take to end.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// A QEMU process. Dropping it kills it and waits for its end.
 #[derive(Debug)]
 pub(super) struct Qemu {
@@ -62,10 +65,10 @@ impl Qemu {
         let file = MappedFile::of(&memory)?;
         let wiring = Wiring {
             identity,
-            memory: memory.as_raw_fd(),
+            memory: &format!("/proc/self/fd/{}", memory.as_raw_fd()),
             view,
             role,
-            control: theirs.as_raw_fd(),
+            control: &format!("fd={}", theirs.as_raw_fd()),
             disks: &exports.family().socket(),
             exports: exports.iter().map(|(name, _)| name.as_str()).collect(),
             console,
@@ -75,7 +78,38 @@ impl Qemu {
         command.args(arguments(spec, &wiring));
         let child = ChildProcess::start(command, vec![memory, theirs])
             .map_err(|error| QemuError::Start { program: spec.program.clone(), error })?;
-        let (qmp, greeting) = Qmp::greet(ours, spec.deadlines.start).map_err(|error| failed(&child, "start", error))?;
+        let greeted = Qmp::greet(ours, spec.deadlines.start).map_err(|error| failed(&child, "start", error))?;
+        Self::meet(child, greeted, place, spec, view, file)
+    }
+
+    /// Takes over a process that somebody else has started as told by [`Parked`](super::Parked).
+    pub(super) fn adopt(
+        process: u32,
+        control: UnixStream,
+        place: Directory,
+        spec: &QemuSpec,
+        file: MappedFile,
+    ) -> Result<Self, QemuError> {
+        // It listens before its machine is made, and answers after.
+        let greeted = Qmp::greet(control, spec.deadlines.start).map_err(|error| QemuError::Qemu {
+            doing: "start",
+            error,
+            stderr: String::new(),
+        })?;
+        // Before it is ours: another process is left alone.
+        Outside::open(process, file, spec.ram)?;
+        let child = ChildProcess::adopt(process).map_err(QemuError::files("the process that is to be attached"))?;
+        Self::meet(child, greeted, place, spec, MemoryView::Shared, file)
+    }
+
+    fn meet(
+        child: ChildProcess,
+        (qmp, greeting): (Qmp, Value),
+        place: Directory,
+        spec: &QemuSpec,
+        view: MemoryView,
+        file: MappedFile,
+    ) -> Result<Self, QemuError> {
         let version = QemuVersion::of_greeting(&greeting)?;
         let (ram, deadlines) = (spec.ram, spec.deadlines);
         let qemu = Self { child, qmp: Mutex::new(qmp), version, view, file, ram, deadlines, place };
@@ -152,6 +186,34 @@ impl Qemu {
 
     /// The state of a guest that stands still, all but the shared memory file. It cannot run on until [`run`](Self::run).
     pub(super) fn save(&self, limit: ByteSize) -> Result<Vec<u8>, QemuError> {
+        let saved = self.migrate_out(limit);
+        if saved.is_err() {
+            self.cancel();
+        }
+        saved
+    }
+
+    /// Ends a migration that failed here, so that the guest can run on. Whoever calls has an error already.
+    fn cancel(&self) {
+        let mut qmp = self.qmp.lock();
+        let cancelled = qmp.execute("migrate_cancel", json!({}), self.deadlines.command).and_then(|_| {
+            let begun = Instant::now();
+            loop {
+                let left = self.deadlines.command.saturating_sub(begun.elapsed());
+                let now = qmp.execute("query-migrate", json!({}), left)?;
+                // Without a status there was none.
+                if matches!(now["status"].as_str(), None | Some("none" | "completed" | "failed" | "cancelled")) {
+                    return Ok(());
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        if let Err(error) = cancelled {
+            tracing::warn!(%error, "a migration that failed may still be under way");
+        }
+    }
+
+    fn migrate_out(&self, limit: ByteSize) -> Result<Vec<u8>, QemuError> {
         let patience = self.deadlines.save;
         let path = self.place.join("save");
         let socket = SocketFile::bind(&path)?;
@@ -220,6 +282,7 @@ impl Qemu {
             // It may know the end of the state before it has read the last of it.
             End::Completed => Ok(()),
             End::Failed => {
+                hear_out(&self.child);
                 let sent = sent.err().map(|error| format!(" (sending it: {error})")).unwrap_or_default();
                 Err(self.state_failed(doing, format!("it was refused{sent}")))
             }
@@ -250,14 +313,18 @@ fn migration_end(event: &super::qmp::Event) -> Option<End> {
 
 fn failed(child: &ChildProcess, doing: &'static str, error: QmpError) -> QemuError {
     if matches!(error, QmpError::Closed) {
-        // It is about to end: what it said is complete then. If it does not, the error tells what there is.
-        let _ended = child.wait(Duration::from_millis(200));
-        let until = Instant::now() + Duration::from_millis(200);
-        while child.status().is_none() && Instant::now() < until {
-            std::thread::yield_now();
-        }
+        hear_out(child);
     }
     QemuError::Qemu { doing, error, stderr: child.said() }
+}
+
+/// Waits a moment for a process that is about to end: what it said is complete then. If it stays, the error tells what there is.
+fn hear_out(child: &ChildProcess) {
+    let until = Instant::now() + LAST_WORDS;
+    let _ended = child.wait(LAST_WORDS);
+    while child.status().is_none() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// A listening socket whose file is removed on drop.

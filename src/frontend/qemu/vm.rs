@@ -13,6 +13,7 @@ use super::QemuError;
 use super::command::{MemoryView, NIC, Role};
 use super::family::{Directory, Exports, Family};
 use super::guest::Forking;
+use super::parked::Parked;
 use super::point::QemuPoint;
 use super::process::{Qemu, Start};
 use super::spec::QemuSpec;
@@ -63,7 +64,7 @@ pub(super) struct Home {
 }
 
 impl Home {
-    pub(super) fn create(family: &Family, console: Option<&Path>) -> Result<Self, QemuError> {
+    pub(super) fn create(family: &Arc<Family>, console: Option<&Path>) -> Result<Self, QemuError> {
         let directory = family.place()?;
         let console = console.map_or_else(|| directory.join("console"), Path::to_owned);
         Ok(Self { directory, console })
@@ -83,24 +84,7 @@ impl QemuVm {
         disks: Vec<(DiskName, Disk)>,
         console: Option<&Path>,
     ) -> Result<Self, QemuError> {
-        spec.check()?;
-        let vm: Vm<Mapped> = Vm::new(tree, name, spec.layout()?, disks)?;
-        let family = Family::create(spec.directory.as_deref())?;
-        let exports = Exports::serve(&family, vm.disks())?;
-        let home = Home::create(&family, console)?;
-        let memory = vm.ram().space().own_file()?.ok_or(QemuError::NoProcess("the memory was cut"))?;
-        let process = Qemu::start(Start {
-            spec: &spec,
-            identity: vm.identity(),
-            memory,
-            view: MemoryView::Shared,
-            role: Role::Boot,
-            exports: &exports,
-            console: &home.console,
-        })?;
-        let this = Self::assemble(vm, exports, Arc::new(spec), home, process)?;
-        this.cont()?;
-        Ok(this)
+        Parked::new(tree, name, spec, disks, console)?.launch()
     }
 
     pub(super) fn assemble(
@@ -117,7 +101,7 @@ impl QemuVm {
     }
 
     /// Has the path of the agent's socket lead to the process that there is now.
-    fn publish_agent(&self) -> Result<(), QemuError> {
+    pub(super) fn publish_agent(&self) -> Result<(), QemuError> {
         let (link, fresh) = (self.home.join("agent"), self.home.join("agent.new"));
         let linked = symlink(self.process()?.agent(), &fresh).and_then(|()| fs::rename(&fresh, &link));
         linked.map_err(QemuError::files("the agent's socket"))

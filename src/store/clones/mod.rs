@@ -16,7 +16,6 @@ mod catalogue;
 mod check;
 mod create;
 mod error;
-mod gather;
 mod layers;
 mod list;
 mod record;
@@ -28,7 +27,7 @@ pub use error::CloneError;
 pub use list::{CloneInfo, Health, SpaceUsed};
 pub use record::{CloneName, Kind};
 pub use saved::SavedInfo;
-pub(crate) use saved::{NewSaved, StoreTag, data_pages};
+pub(crate) use saved::{NewSaved, StoreTag};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -4,13 +4,13 @@
 //! state mean, nor how a VM is put together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::RwLockReadGuard;
 
 use super::catalogue::{Catalogue, Change};
-use super::create::Zeroes;
-use super::gather::gather;
+use super::create::{Zeroes, read_padded};
 use super::layers::{chain, closure, files_of, rows_for};
 use super::list::Health;
 use super::record::{LayerRecord, SavedRecord, shape_of};
@@ -18,12 +18,13 @@ use super::{CloneError, CloneName, CloneStore, Inner, Problem, Sweep};
 use crate::backing::Sealed;
 use crate::error::{SpaceError, StoreError};
 use crate::image::Source;
-use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageIndex, PageRange, PageSet, PageSize};
+use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageSet, PageSize};
 use crate::store::id::{LAYER, LayerId, SavedId};
 use crate::store::image::DurableImage;
 use crate::store::job::Job;
+use crate::store::record::BLOCK;
 use crate::store::saved::{self, Manifest};
-use crate::store::sealed::Writer;
+use crate::store::sealed::{Run, Writer, copy};
 
 /// What the store says of a saved VM.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -123,7 +124,7 @@ impl CloneStore {
         let mut new = to.new_saved(new_name)?;
         let mut tops = Vec::with_capacity(images.len());
         for image in &images {
-            let (len, pages) = (Sealed::geometry(image).pages(), data_pages(image)?);
+            let (len, pages) = (Sealed::geometry(image).pages(), Sealed::data(image)?);
             tops.push(match pages.is_empty() {
                 true => None,
                 false => Some(new.layer(image, len, &pages, None, threads, job)?),
@@ -197,17 +198,6 @@ impl CloneStore {
     }
 }
 
-/// The pages of 4 KiB that may hold anything but zeroes.
-pub(crate) fn data_pages(source: &dyn Source) -> Result<PageSet, SpaceError> {
-    let (mut pages, mut at) = (PageSet::new(), ByteOffset::ZERO);
-    while let Some(data) = source.next_data(at)? {
-        let end = PageIndex::new(data.end.get().div_ceil(PageSize::KIB_4.bytes().get()));
-        pages.push(PageRange::from_bounds(PageSize::KIB_4.page_of(data.start), end));
-        at = data.end;
-    }
-    Ok(pages)
-}
-
 fn too_long(pages: PageCount) -> CloneError {
     let (len, space) = (PageSize::KIB_4.size_of(pages), Geometry::MAX_LEN);
     SpaceError::from(GeometryError::OutOfRange { at: ByteOffset::ZERO, len, space }).into()
@@ -245,7 +235,15 @@ impl NewSaved<'_> {
         let id = LayerId::random().map_err(|error| dir.no_id(error))?;
         let mut writer = Writer::create(dir.shared_folder(), id, parent, shape)?;
         let zeroes = if parent.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
-        gather(source, copied, zeroes, (id, &mut writer), threads, job)?;
+        let (done, total) = (AtomicU64::new(0), copied.count().get());
+        job.step(id, 0, total)?;
+        threads.install(|| {
+            copy(&mut writer, copied.runs().map(Run::Read), zeroes, |range, buf| {
+                read_padded(source, range.start().get() * BLOCK as u64, buf)?;
+                let count = range.count().get();
+                Ok::<_, SpaceError>(job.step(id, done.fetch_add(count, Ordering::Relaxed) + count, total)?)
+            })
+        })?;
         self.made.push(format!("{id}.{LAYER}"));
         writer.finish()?;
         Ok(id)

@@ -16,8 +16,6 @@ use super::{
     file_name, header, seal_block, tag, trailer,
 };
 use crate::error::StoreError;
-#[cfg(feature = "store")]
-use crate::page::PageIndex;
 use crate::page::{PageRange, PageSize};
 
 /// Bytes of tables that are written at once.
@@ -103,29 +101,6 @@ impl Writer {
         self.file.write(self.at, data)?;
         self.at += data.len() as u64;
         Ok(())
-    }
-
-    /// The next pages of data, with their checksums.
-    #[cfg(feature = "store")]
-    pub(in super::super) fn run(
-        &mut self,
-        first: PageIndex,
-        bytes: &[u8],
-        checks: impl Iterator<Item = u32>,
-    ) -> Result<(), StoreError> {
-        let before = self.checks.len();
-        self.checks.extend(checks);
-        let end = PageIndex::new(first.get() + (self.checks.len() - before) as u64);
-        debug_assert_eq!(bytes.len(), (self.checks.len() - before) * BLOCK);
-        self.extend(PageRange::from_bounds(first, end), Kind::Data);
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }
-    }
-
-    /// The next range of zeroes.
-    #[cfg(feature = "store")]
-    pub(in super::super) fn zero(&mut self, range: PageRange) {
-        self.extend(range, Kind::Zero);
     }
 
     fn extend(&mut self, range: PageRange, kind: Kind) {

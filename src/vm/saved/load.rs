@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use tracing::debug_span;
 
 use super::SavedError;
-use crate::backing::{Backing, Cut};
+use crate::backing::{Backing, Cut, Sealed};
 use crate::disk::DiskImage;
 use crate::image::Source;
 use crate::page::{ByteOffset, PageCount, PageSize};
 use crate::ram::{RamLayout, RamRegion};
-use crate::store::{CloneName, CloneStore, DurableImage, Job, data_pages};
+use crate::store::{CloneName, CloneStore, DurableImage, Job};
 use crate::vm::point::PointParts;
 use crate::vm::{DeviceState, DiskName, ForkPoint, ForkTimings, Teardown, VmName};
 
@@ -88,7 +88,7 @@ fn fill<B: Backing>(
     job: &Job<'_>,
 ) -> Result<(), SavedError> {
     let Some(top) = image.top_id() else { return Ok(()) };
-    let pages = data_pages(image)?;
+    let pages = Sealed::data(image)?;
     let total = pages.count().get();
     let mut pieces = Vec::new();
     for run in pages.runs() {
