@@ -108,7 +108,7 @@ fn first_forks(effort: &Effort, report: &mut Report, images: &Images) -> Result<
             goal: Goal::Median(1000.0),
         });
         report.row(&Row {
-            case: format!("first fork, {size}: stopped in all ({} of it)", timings.len()),
+            case: format!("first fork, {size}: stopped in all (median of {})", timings.len()),
             unit: Unit::Microseconds,
             stats: median(timings, |timings| timings.engine.stopped()),
             baseline: Some(Baseline::new(format!("{} MiB", sizes[0]), flat)),

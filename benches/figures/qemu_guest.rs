@@ -262,7 +262,7 @@ fn bare_command(kit: &BareKit<'_>, control: &Path, agent: &Path) -> Result<Comma
     let mut command = Command::new(words.next().unwrap_or_default());
     let mut overlays = kit.overlays.iter();
     let mut changed = 0;
-    while let Some(word) = words.next() {
+    for word in words {
         let mut path = |option: &str, path: &Path| {
             changed += 1;
             format!("{option}{}", text(path))
