@@ -45,6 +45,10 @@ mod figures {
     pub mod prefault;
     #[cfg(target_os = "linux")]
     pub mod process;
+    #[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+    pub mod qemu;
+    #[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+    pub mod qemu_guest;
     pub mod report;
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub mod reset;
@@ -152,6 +156,18 @@ macro_rules! nbd {
     };
 }
 
+/// A figure of QEMU guests: skipped, aloud, where there are none.
+#[cfg(all(feature = "qemu", target_os = "linux", target_arch = "x86_64"))]
+macro_rules! qemu {
+    ($($path:tt)*) => { figures::$($path)* };
+}
+#[cfg(not(all(feature = "qemu", target_os = "linux", target_arch = "x86_64")))]
+macro_rules! qemu {
+    ($($path:tt)*) => {
+        |_, _| Err(figures::report::Skip::new("guests in QEMU are a feature, for Linux on x86-64"))
+    };
+}
+
 /// A figure of the page-fault server: skipped, aloud, where there is none.
 #[cfg(all(feature = "uffd", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 macro_rules! uffd {
@@ -215,6 +231,11 @@ const FIGURES: &[Figure] = &[
     Figure { name: "convert", what: "disk images of other tools, in and out", run: imago!(images::convert) },
     Figure { name: "convert-sparse", what: "a large disk with little in it, out", run: imago!(images::nearly_empty) },
     Figure { name: "nbd", what: "random 4 KiB requests of a client through NBD", run: nbd!(nbd::requests) },
+    Figure {
+        name: "qemu",
+        what: "Debian guests in QEMU: forks, clones, their memory and disks",
+        run: qemu!(qemu::qemu),
+    },
     Figure { name: "images", what: "heap face: whole-image operations", run: figures::tree::images },
 ];
 

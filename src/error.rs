@@ -220,7 +220,10 @@ pub enum StoreError {
         /// How many are allowed.
         limit: u64,
     },
-    /// Somebody stopped the call: see `store::Job`.
+    /// The layers under this disk are being merged already.
+    #[error("the layers under this disk are being merged already: wait for that to end, or cancel it")]
+    Restacking,
+    /// Somebody stopped the call: see [`Job`](crate::store::Job).
     #[error("cancelled: nothing has changed")]
     Cancelled,
     /// The layers do not fit together.

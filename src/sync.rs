@@ -12,10 +12,10 @@ pub(crate) use std::sync::OnceLock;
 pub(crate) use once_cell::sync::OnceCell as OnceLock;
 
 #[cfg(not(shuttle))]
-pub(crate) use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 #[cfg(shuttle)]
-pub(crate) use modelled::{Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, step};
+pub(crate) use modelled::{Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard, step};
 
 /// Where another thread may come between in the interleaving tests; nothing in any other build.
 #[cfg(not(shuttle))]
@@ -47,8 +47,18 @@ mod modelled {
             self.0.lock().unwrap_or_else(PoisonError::into_inner)
         }
 
+        pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            self.0.try_lock().ok()
+        }
+
         pub(crate) fn get_mut(&mut self) -> &mut T {
             self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+
+    impl<T: std::fmt::Debug> std::fmt::Debug for Mutex<T> {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            self.0.fmt(f)
         }
     }
 
@@ -65,6 +75,10 @@ mod modelled {
 
         pub(crate) fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
             self.0.try_read().ok()
+        }
+
+        pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
+            self.0.write().unwrap_or_else(PoisonError::into_inner)
         }
 
         /// Time does not pass here: it waits for as long as it takes.

@@ -7,7 +7,7 @@ mod clones;
 use clones::{PAGE, Player, Temp, name, problems, read_disk, size};
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::page::{ByteOffset, ByteSize, PageIndex};
-use offshoot::store::{CloneError, CloneName, CloneStore, Health, Kind, Problem, StoreOptions};
+use offshoot::store::{CloneError, CloneName, CloneStore, Health, Job, Kind, Problem, StoreOptions};
 use offshoot::testing::{ByteSource, Dice};
 
 fn open(temp: &Temp) -> CloneStore {
@@ -65,7 +65,7 @@ fn a_clone_with_a_layer_missing_is_listed_named_and_deleted() {
     let temp = Temp::new("degraded");
     let [golden, middle, leaf, other] = ["golden", "middle", "leaf", "other"].map(name);
     let store = open(&temp);
-    store.create_image(&golden, &ByteSource::new(vec![1; 8 * PAGE])).unwrap();
+    store.create_image(&golden, &ByteSource::new(vec![1; 8 * PAGE]), &Job::new()).unwrap();
     store.clone_disk(&golden, &middle).unwrap();
     put(&store, &middle, 1, 2);
     store.clone_disk(&middle, &leaf).unwrap();
@@ -127,8 +127,8 @@ fn what_is_open_is_left_alone() {
     is_open(store.clone_disk(&a, &b));
     is_open(store.delete(&a));
     is_open(store.reset(&a));
-    is_open(store.flatten(&a));
-    is_open(store.merge(&a));
+    is_open(store.flatten(&a, &Job::new()));
+    is_open(store.merge(&a, &Job::new()));
     is_open(store.grow(&a, size(9)));
     assert_eq!(store.info(&a).unwrap().health, Health::Open);
     assert!(problems(&store).is_empty());
@@ -176,7 +176,7 @@ fn a_commit_needs_a_target_that_stood_still() {
     assert_eq!((byte(&store, &base, 1), byte(&store, &a, 1), byte(&store, &b, 1)), (2, 2, 3));
     // b comes from what base was.
     assert!(matches!(store.commit(&b, &base), Err(CloneError::Diverged { .. })));
-    store.rebase(&b, &base).unwrap();
+    store.rebase(&b, &base, &Job::new()).unwrap();
     store.commit(&b, &base).unwrap();
     assert_eq!((byte(&store, &base, 1), byte(&store, &a, 1)), (3, 2));
     store.reset(&b).unwrap();
@@ -188,7 +188,7 @@ fn space_is_told_and_given_back() {
     let temp = Temp::new("space");
     let store = open(&temp);
     let [golden, a, b] = ["golden", "a", "b"].map(name);
-    store.create_image(&golden, &ByteSource::new(vec![1; 256 * PAGE])).unwrap();
+    store.create_image(&golden, &ByteSource::new(vec![1; 256 * PAGE]), &Job::new()).unwrap();
     store.clone_disk(&golden, &a).unwrap();
     store.clone_disk(&golden, &b).unwrap();
     for round in 0..3 {
@@ -202,7 +202,7 @@ fn space_is_told_and_given_back() {
     assert!(space[&b].shared.get() >= image && space[&b].shared == space[&golden].shared);
     assert_eq!(space[&a].reclaimable, size(2), "two of three versions of a page are hidden");
     let layers = store.info(&a).unwrap().layers.len();
-    store.merge(&a).unwrap();
+    store.merge(&a, &Job::new()).unwrap();
     let merged = store.space().unwrap()[&a];
     assert_eq!((layers, store.info(&a).unwrap().layers.len()), (4, 2));
     assert!(merged.reclaimable == ByteSize::ZERO && merged.exclusive < space[&a].exclusive);
@@ -221,7 +221,7 @@ fn rot_is_found_and_named() {
     let store = open(&temp);
     let golden = name("golden");
     let bytes = Dice::new(3).bytes(40 * PAGE as u64);
-    store.create_image(&golden, &ByteSource::new(bytes)).unwrap();
+    store.create_image(&golden, &ByteSource::new(bytes), &Job::new()).unwrap();
     let layer = store.info(&golden).unwrap().layers[0];
     assert!(problems(&store).is_empty());
     let file = temp.path().join(format!("{layer}.layer"));
@@ -240,7 +240,7 @@ fn rot_is_found_and_named() {
 fn a_directory_without_its_catalogue_is_not_made_a_new_store() {
     let temp = Temp::new("no-catalogue");
     let store = open(&temp);
-    store.create_image(&name("golden"), &ByteSource::new(vec![1; PAGE])).unwrap();
+    store.create_image(&name("golden"), &ByteSource::new(vec![1; PAGE]), &Job::new()).unwrap();
     drop(store);
     std::fs::remove_file(temp.path().join("catalogue.redb")).unwrap();
     let error = CloneStore::open(temp.path(), StoreOptions::default()).expect_err("there are disks");
@@ -255,7 +255,7 @@ fn many_threads_on_one_store() {
     let temp = Temp::new("threads");
     let store = open(&temp);
     let golden = name("golden");
-    store.create_image(&golden, &ByteSource::new(vec![1; 64 * PAGE])).unwrap();
+    store.create_image(&golden, &ByteSource::new(vec![1; 64 * PAGE]), &Job::new()).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..4u8 {
             let store = store.clone();
@@ -265,8 +265,8 @@ fn many_threads_on_one_store() {
                     store.clone_disk(&name("golden"), &mine).unwrap();
                     put(&store, &mine, u64::from(round), thread + 2);
                     match round % 3 {
-                        0 => store.flatten(&mine).unwrap(),
-                        1 => store.merge(&mine).unwrap(),
+                        0 => store.flatten(&mine, &Job::new()).unwrap(),
+                        1 => store.merge(&mine, &Job::new()).unwrap(),
                         _ => drop(store.repair().unwrap()),
                     }
                     assert_eq!(byte(&store, &mine, u64::from(round)), thread + 2);

@@ -100,7 +100,7 @@ fn check_state(state: &Recorder, step: &Step) -> Result<(), String> {
         return Err("neither what was saved before nor what was after".into());
     }
     let threads = threads(1);
-    let check = || store.check(&threads, &|_, _| {}).map_err(|error| format!("checking: {error}"));
+    let check = || store.check(&threads, &Job::new()).map_err(|error| format!("checking: {error}"));
     let wrong = check()?;
     if !wrong.iter().all(|problem| matches!(problem, Problem::Orphan { .. } | Problem::Unfinished { .. })) {
         return Err(format!("{wrong:?}"));

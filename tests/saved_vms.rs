@@ -199,9 +199,9 @@ fn what_is_given_up_leaves_nothing() {
     assert!(is_cancelled(&given_up) && other.list_saved().unwrap().is_empty(), "{given_up}");
 }
 
-/// A report may use the store, also while a repair waits for the save to be done.
+/// A report may use the store, also while somebody repairs it: neither waits for the save, and nothing that is made goes.
 #[test]
-fn a_report_uses_the_store_while_a_repair_waits() {
+fn a_report_uses_the_store_while_it_is_repaired() {
     let temp = Temp::new("report");
     let store = open(&temp);
     let mut machine = Machine::<Heap>::small(vec![1]);
@@ -218,7 +218,7 @@ fn a_report_uses_the_store_while_a_repair_waits() {
                     store.repair().unwrap();
                 });
                 begins.recv().unwrap();
-                // Many, so that the repair waits by one of them.
+                // Many, so that the repair runs beside one of them.
                 for n in 0..50 {
                     let name = name(&format!("made meanwhile {n}"));
                     store.create_empty(&name, ByteSize::new(PAGE)).unwrap();

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use durable::{Depth, PAGE, Player, geometry, pages, read_all};
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::page::ByteOffset;
-use offshoot::store::DiskDir;
+use offshoot::store::{DiskDir, Job};
 use offshoot::testing::Dice;
 use offshoot::testing::crash::{Fault, Tearing};
 use offshoot::testing::faults::{Refusal, fail_nth_call};
@@ -145,7 +145,7 @@ fn on_files(path: &std::path::Path, n: u64, how: Refusal) -> (u64, Result<(), Sp
         let clone = image.spawn()?;
         clone.write(ByteOffset::new(9000), &[2; 5000])?;
         clone.flush()?;
-        image.seal()?;
+        image.seal(&Job::new())?;
         disk.write(ByteOffset::new(9000), &[3; 5000])?;
         disk.flush()?;
         acknowledged = Some(read_all(&disk)?);

@@ -11,7 +11,7 @@ use durable::{PAGE, geometry, pages, read_all};
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::ByteOffset;
-use offshoot::store::{DiskDir, DiskId, DurableImage, LayerId, Progress};
+use offshoot::store::{DiskDir, DiskId, DurableImage, Job, LayerId, Progress};
 use offshoot::testing::Dice;
 use offshoot::testing::crash::{Recorder, Tearing};
 use offshoot::{SpaceError, StoreError, Tree};
@@ -75,13 +75,14 @@ fn what_was_sealed_comes_back() {
         assert!(found == want[at as usize..at as usize + found.len()]);
     }
     let seen = Mutex::new(Vec::new());
-    let verified = image.verify(&threads(), &|layer, progress: Progress| seen.lock().unwrap().push((layer, progress)));
+    let tell = |progress: Progress| seen.lock().unwrap().push(progress);
+    let verified = image.verify(&threads(), &Job::new().report(&tell));
     let verified = verified.unwrap();
     assert_eq!(verified.len(), 1);
     let (_, layer) = &verified[0];
     assert!(layer.damaged.is_empty() && layer.pages.get() > 500);
     let seen = seen.into_inner().unwrap();
-    assert!(seen.iter().any(|(_, progress)| progress.done == progress.total));
+    assert!(seen.iter().any(|progress| progress.done == progress.total));
 }
 
 /// One bit in each page of data: the read names it, and so does a verification; its neighbours are read.
@@ -115,7 +116,7 @@ fn a_flipped_bit_in_any_page_is_found_and_named() {
     for in_file in [0, 7, 255, 256, data_pages.len() - 1] {
         assert!(recorder.flip(&name, ByteOffset::new((1 + in_file as u64) * PAGE), 0));
     }
-    let verified = image(&recorder, id).unwrap().verify(&threads(), &|_, _| {}).unwrap();
+    let verified = image(&recorder, id).unwrap().verify(&threads(), &Job::new()).unwrap();
     let named: Vec<u64> = verified[0].1.damaged.pages().map(|page| page.get()).collect();
     assert_eq!(named, [0, 7, 255, 256, data_pages.len() - 1].map(|at| data_pages[at]));
 }
@@ -142,7 +143,7 @@ fn a_flipped_bit_in_any_table_is_found() {
         let bit = (at.get() % 8) as u32;
         assert!(recorder.flip(&name, at, bit));
         let found = image(&recorder, id).and_then(|image| {
-            let verified = image.verify(&threads, &|_, _| {})?;
+            let verified = image.verify(&threads, &Job::new())?;
             assert!(verified[0].1.damaged.is_empty());
             Ok(())
         });
@@ -190,9 +191,9 @@ fn sealing_changes_nothing_that_anybody_reads() {
         disk.flush().unwrap();
         clone.flush().unwrap();
         begun = recorder.position();
-        second.seal().unwrap();
-        first.seal().unwrap();
-        second.seal().unwrap();
+        second.seal(&Job::new()).unwrap();
+        first.seal(&Job::new()).unwrap();
+        second.seal(&Job::new()).unwrap();
         for disk in [disk, clone] {
             ids.push(disk.id());
             want.push(read_all(&disk).unwrap());
@@ -225,7 +226,7 @@ fn a_layer_is_sealed_after_a_sealing_that_was_cut_off() {
     let image = disk.cut().unwrap().commit().0;
     let name = format!("{}.layer", image.layer().unwrap().unwrap().id);
     recorder.place(&format!("{name}.partial"), &[9; 5000]);
-    image.seal().unwrap();
+    image.seal(&Job::new()).unwrap();
     let names = recorder.folder().names().unwrap();
     assert!(names.contains(&name) && !names.iter().any(|name| name.ends_with("partial")), "{names:?}");
     let (id, want) = (disk.id(), read_all(&disk).unwrap());
@@ -278,7 +279,7 @@ fn copies_are_the_same_in_a_pool_and_outside() {
         images.map(|image| {
             assert!(read(&image).unwrap() == want);
             Sealed::validate(&image).unwrap();
-            let verified = image.verify(&pool, &|_, _| {}).unwrap();
+            let verified = image.verify(&pool, &Job::new()).unwrap();
             assert!(verified.iter().all(|(_, found)| found.damaged.is_empty()));
             image.layer().unwrap().unwrap().content
         })
@@ -289,7 +290,7 @@ fn copies_are_the_same_in_a_pool_and_outside() {
     ] {
         assert!(outside.is_some() && outside == inside);
     }
-    pool.install(|| top.seal()).unwrap();
+    pool.install(|| top.seal(&Job::new())).unwrap();
     disk.flush().unwrap();
     let id = disk.id();
     drop((top, below, disk));
@@ -349,6 +350,6 @@ fn golden_files_open() {
     drop(disk);
     let image = image(&recorder, id).unwrap();
     assert_eq!(read(&image).unwrap()[3 * PAGE as usize], 0x44);
-    let verified = image.verify(&threads(), &|_, _| {}).unwrap();
+    let verified = image.verify(&threads(), &Job::new()).unwrap();
     assert_eq!((verified[0].1.pages.get(), verified[0].1.damaged.is_empty()), (2, true));
 }

@@ -11,7 +11,7 @@ use durable::{PAGE, geometry, pages, read_all};
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::ByteOffset;
-use offshoot::store::{DiskDir, DiskId, Durable, DurableImage};
+use offshoot::store::{DiskDir, DiskId, Durable, DurableImage, Job};
 use offshoot::testing::crash::Recorder;
 use offshoot::testing::{ByteSource, Dice};
 use offshoot::{Tree, TreeUsage};
@@ -117,7 +117,7 @@ impl Family {
                 self.disks[at].disk.reset().unwrap();
                 self.disks[at].bytes = self.disks[at].origin.clone();
             }
-            17 if !self.images.is_empty() => self.images[some_image(dice, &self.images)].0.seal().unwrap(),
+            17 if !self.images.is_empty() => self.images[some_image(dice, &self.images)].0.seal(&Job::new()).unwrap(),
             18 if self.images.len() > 1 => {
                 let (a, b) = (some_image(dice, &self.images), some_image(dice, &self.images));
                 if let Ok(merged) = self.images[a].0.merge_onto(&self.images[b].0) {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use offshoot::backing::{Backing, Sealed};
 use offshoot::page::ByteSize;
-use offshoot::store::{CloneName, CloneStore, DiskDir, StoreOptions};
+use offshoot::store::{CloneName, CloneStore, DiskDir, Job, StoreOptions};
 
 use super::options::Effort;
 use super::place::{Place, everywhere};
@@ -46,7 +46,7 @@ fn clones_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     // The same as a golden image is kept: one sealed layer, and no disk of its own.
     let (flat, image_name) = (CloneName::new("flat")?, CloneName::new("image")?);
     store.clone_disk(&source, &flat)?;
-    store.flatten(&flat)?;
+    store.flatten(&flat, &Job::new())?;
     store.snapshot(&flat, &image_name)?;
 
     let serial = Cell::new(0u64);

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use offshoot::backing::{Backing, Sealed};
 use offshoot::page::ByteSize;
-use offshoot::store::{DiskDir, Durable};
+use offshoot::store::{DiskDir, Durable, Job};
 use rayon::prelude::*;
 
 use super::alloc::live_bytes_of;
@@ -39,7 +39,7 @@ fn layers_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     let memory = vec![0x5a_u8; len.get() as usize];
     let mut other = vec![0x5b_u8; len.get() as usize];
     let file = File::open(&layer)?;
-    let verify = || drop(sealed.verify(&threads, &|_, _| {}).expect("it is whole"));
+    let verify = || drop(sealed.verify(&threads, &Job::new()).expect("it is whole"));
 
     let (result, copy) = (place.path().join(format!("{id}.layer")), place.path().join("copy"));
     let mut round = Round::new(effort);
@@ -57,7 +57,7 @@ fn layers_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
     // A seal makes the file anew, whatever is there; what the last one left is taken away first.
     round.probe(|| {
         std::fs::remove_file(&result).ok();
-        timed(|| threads.install(|| image.seal()).expect("room on the medium")).0
+        timed(|| threads.install(|| image.seal(&Job::new())).expect("room on the medium")).0
     });
     round.probe(|| {
         std::fs::remove_file(&copy).ok();
@@ -164,7 +164,7 @@ fn open_in(effort: &Effort, report: &mut Report, place: &Place) -> Outcome {
         let (making, disk) = live_bytes_of(|| written_disk(&dir, len, changed, written));
         let disk = disk?;
         let id = disk.id();
-        cut(&disk)?.seal()?;
+        cut(&disk)?.seal(&Job::new())?;
         disk.flush()?;
         drop(disk);
         let (opened, disk) = live_bytes_of(|| dir.open_disk(id, None));

@@ -28,7 +28,8 @@ impl Place {
         Ok(Self { name, path })
     }
 
-    fn memory() -> Result<Self, Skip> {
+    /// In memory.
+    pub fn memory() -> Result<Self, Skip> {
         let path = Path::new("/dev/shm");
         if !path.is_dir() {
             return Err(Skip::new("tmpfs: there is no /dev/shm"));

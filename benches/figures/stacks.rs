@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use offshoot::backing::{Backing, Sealed};
 use offshoot::page::ByteSize;
-use offshoot::store::{DiskDir, Durable};
+use offshoot::store::{DiskDir, Durable, Job};
 
 use super::options::Effort;
 use super::place::{Place, everywhere};
@@ -108,7 +108,7 @@ fn stack(place: &Place, len: ByteSize, layers: u64, data: Data, form: Form) -> R
         }
         let image = cut(&disk)?;
         if form == Form::Sealed {
-            image.seal()?;
+            image.seal(&Job::new())?;
         }
     }
     if form == Form::Overlays {

@@ -13,7 +13,7 @@ use offshoot::disk::{Access, Disk};
 use offshoot::frontend::nbd::Export;
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, SECTOR_SIZE, SectorCount};
-use offshoot::store::{CloneError, CloneName, CloneStore, StoreOptions};
+use offshoot::store::{CloneError, CloneName, CloneStore, Job, StoreOptions};
 
 use crate::client::Client;
 use crate::serve::{BLANK, BLOCK, block, name};
@@ -42,8 +42,8 @@ pub fn exports(dir: &Path, image: Option<&Path>, clones: u32) -> Result<Vec<Expo
     let golden = CloneName::new("image")?;
     if is_new(&store, &golden)? {
         match image {
-            Some(path) => store.create_image(&golden, &FileImage::open(path, None)?)?,
-            None => store.create_image(&golden, &Blank)?,
+            Some(path) => store.create_image(&golden, &FileImage::open(path, None)?, &Job::new())?,
+            None => store.create_image(&golden, &Blank, &Job::new())?,
         }
     }
     let export = |clone: u32| {

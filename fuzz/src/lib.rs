@@ -6,6 +6,7 @@ pub mod disk_model;
 pub mod held;
 pub mod patched;
 pub mod peak;
+pub mod store_files;
 
 use std::sync::Arc;
 

@@ -6,14 +6,13 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use parking_lot::MutexGuard;
-
 use super::durable::{Durable, Live, State};
 use super::image::DurableImage;
 use super::layer::Place;
 use crate::error::SpaceError;
 use crate::overlay::PageState;
 use crate::page::{ByteOffset, ByteSize, Geometry, PageIndex, PageRange, PageSize};
+use crate::sync::MutexGuard;
 
 /// First writes to pages of different claims run beside each other.
 pub(super) const CLAIMS: usize = 64;

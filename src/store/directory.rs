@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::durable::{Durable, Live, State};
 use super::file;
@@ -39,6 +39,8 @@ struct Inner {
     tree: Tree,
     /// Images by their topmost layer, while somebody holds them.
     images: Mutex<HashMap<LayerId, Weak<ImageInner>>>,
+    /// Files that are being made, and that nothing names yet.
+    making: Mutex<HashSet<String>>,
     /// As for a file: a sync that failed once is not believed again.
     sync_failed: AtomicBool,
 }
@@ -70,8 +72,8 @@ impl DiskDir {
     }
 
     fn named(name: Arc<str>, folder: Arc<dyn Folder>, tree: &Tree) -> Self {
-        let images = Mutex::default();
-        Self(Arc::new(Inner { name, folder, tree: tree.clone(), images, sync_failed: AtomicBool::new(false) }))
+        let (images, making) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Inner { name, folder, tree: tree.clone(), images, making, sync_failed: AtomicBool::new(false) }))
     }
 
     /// A new disk that reads as `base`, followed by zeroes up to the end of `geometry`. It is durable, empty, when this returns.
@@ -256,8 +258,11 @@ impl DiskDir {
     /// # Errors
     /// What the system says.
     pub fn disks(&self) -> Result<Vec<DiskId>, SpaceError> {
-        let names = self.folder().names().map_err(|error| file::error(&self.0.name, "list", error))?;
-        Ok(names.iter().filter_map(|name| DiskId::parse(name.strip_suffix(DISK)?.strip_suffix('.')?)).collect())
+        Ok(self.list()?.iter().filter_map(|name| DiskId::parse(name.strip_suffix(DISK)?.strip_suffix('.')?)).collect())
+    }
+
+    pub(super) fn list(&self) -> Result<Vec<String>, StoreError> {
+        self.folder().names().map_err(|error| file::error(&self.0.name, "list", error))
     }
 
     /// The tree that its disks count in.
@@ -282,6 +287,10 @@ impl DiskDir {
             self.0.sync_failed.store(true, Ordering::Release);
             file::error(&self.0.name, "sync", error)
         })
+    }
+
+    pub(super) fn in_the_making(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.0.making.lock()
     }
 
     pub(super) fn no_id(&self, error: io::Error) -> StoreError {

@@ -4,15 +4,13 @@
 //! write, so a clone that never writes has none. As on the heap, the index of the next image is kept up with each first write, so that a cut is
 //! one reference count, after a flush.
 //!
-//! Locking: `head` (held by a flush and by a cut's), then `state` (shared by each access, exclusive for cut, reset and zero), then claims in
+//! Locking: `restacking`, then `head` (held by a flush, by a cut's and by the end of a restack), then `state` (shared by each access, exclusive for cut, reset and zero), then claims in
 //! ascending order, then `next`.
 
 use std::fmt;
 use std::mem::replace;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
 use super::access::CLAIMS;
 use super::directory::DiskDir;
@@ -30,7 +28,7 @@ use crate::error::SpaceError;
 use crate::image::Source;
 use crate::overlay::{Index, PageState};
 use crate::page::{ByteOffset, ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSet};
-use crate::sync::OnceLock;
+use crate::sync::{Mutex, OnceLock, RwLock, RwLockWriteGuard};
 
 /// A disk whose overlay is a file. See the [module](crate::store) for what it promises.
 ///
@@ -46,6 +44,10 @@ pub struct Durable {
     /// Held by one flush at a time. `None` until the first, for a disk that was spawned.
     head: Mutex<Option<Head>>,
     pub(super) claims: [Mutex<()>; CLAIMS],
+    /// Held by one restack at a time.
+    pub(super) restacking: Mutex<()>,
+    /// What a failed restack may have named on disk: kept, and so locked, for as long as the disk is open.
+    pub(super) perhaps_named: Mutex<Vec<DurableImage>>,
 }
 
 /// Everything that the lock guards.
@@ -174,7 +176,15 @@ impl State {
 
 impl Durable {
     pub(super) fn new(dir: DiskDir, id: DiskId, state: State, head: Option<Head>) -> Self {
-        Self { id, dir, state: RwLock::new(state), head: Mutex::new(head), claims: [const { Mutex::new(()) }; CLAIMS] }
+        Self {
+            id,
+            dir,
+            state: RwLock::new(state),
+            head: Mutex::new(head),
+            claims: std::array::from_fn(|_| Mutex::new(())),
+            restacking: Mutex::new(()),
+            perhaps_named: Mutex::new(Vec::new()),
+        }
     }
 
     /// Its name in its directory: what [`DiskDir::open_disk`] takes. A disk that was spawned is there from its first flush on.

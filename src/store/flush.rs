@@ -69,7 +69,7 @@ impl Durable {
         match head {
             Some(head) => {
                 dir.sync_names()?;
-                head.advance(id)?;
+                head.advance(Some(id))?;
             }
             None => {
                 *head = Some(Head::create(dir.folder(), self.id(), Some(id), state.origin.shape())?);

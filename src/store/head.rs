@@ -133,7 +133,7 @@ impl Head {
     }
 
     /// Moves the disk on to another layer, durably. That layer and its name must be durable.
-    pub(super) fn advance(&mut self, top: LayerId) -> Result<(), StoreError> {
-        self.record.update(&self.file, |record| record.put(at::TOP, &top.bytes()))
+    pub(super) fn advance(&mut self, top: Option<LayerId>) -> Result<(), StoreError> {
+        self.record.update(&self.file, |record| record.put(at::TOP, &top.map_or([0; 16], LayerId::bytes)))
     }
 }

@@ -7,14 +7,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::access::{Found, read_through};
+use super::copy::{Zeroes, copy_pages, copy_runs};
 use super::directory::DiskDir;
 use super::durable::{Durable, State};
 use super::id::{DiskId, LayerId};
+use super::job::Job;
 use super::layer::{Body, Layer, Place};
+use super::made::Made;
 use super::map::{BLOCK_PAGES, MapBlock};
 use super::overlay::Shape;
 use super::record::BLOCK;
-use super::sealed::{Progress, Run, Verified, Writer, Zeroes, copy};
+use super::sealed::{Run, Verified, Writer};
 use crate::account::{Charge, Item};
 use crate::backing::{Sealed, next_data_in};
 use crate::error::{SpaceError, StoreError};
@@ -174,22 +177,18 @@ impl DurableImage {
         Ok(Some(LayerInfo { id: top.id(), parent: top.body().parent(), content, allocated: top.allocated()? }))
     }
 
-    /// Checks every page of its sealed layers against its checksum, on the threads given, telling `progress` as it goes: layer by layer, the topmost first.
+    /// Checks every page of its sealed layers against its checksum, on the threads given, watched: layer by layer, the topmost first.
     /// Overlays have no checksums for their pages, and are left out.
     ///
     /// # Errors
     /// A table that is damaged, or a page that cannot be read. Pages that do not match their checksums are no error: they are named.
-    pub fn verify(
-        &self,
-        threads: &rayon::ThreadPool,
-        progress: &(dyn Fn(LayerId, Progress) + Sync),
-    ) -> Result<Vec<(LayerId, Verified)>, SpaceError> {
+    pub fn verify(&self, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Vec<(LayerId, Verified)>, SpaceError> {
         let mut found = Vec::new();
         let mut next = self.0.top.clone();
         while let Some(layer) = next {
             if let Some(sealed) = layer.sealed() {
                 let id = layer.id();
-                found.push((id, sealed.verify(threads, &|done| progress(id, done))?));
+                found.push((id, sealed.verify(threads, job)?));
             }
             next = layer.below();
         }
@@ -201,8 +200,8 @@ impl DurableImage {
     /// (`ThreadPool::install`), as a flatten or a merge may be, it reads and writes at the same time.
     ///
     /// # Errors
-    /// What the medium says. There is then no new file.
-    pub fn seal(&self) -> Result<(), SpaceError> {
+    /// What the medium says, or [`StoreError::Cancelled`]. There is then no new file.
+    pub fn seal(&self, job: &Job<'_>) -> Result<(), SpaceError> {
         let Some(top) = &self.0.top else { return Ok(()) };
         let Some(overlay) = top.overlay() else { return Ok(()) };
         top.freeze()?;
@@ -217,8 +216,10 @@ impl DurableImage {
             runs[first..].sort_unstable_by_key(|run| run.range().start());
             Ok(())
         })?;
+        let read_pages = |run: &Run| if let Run::Read(range) = run { range.count().get() } else { 0 };
+        let total = runs.iter().map(read_pages).sum();
         let read = |range: PageRange, buf: &mut [u8]| overlay.read(range.start().get() * BLOCK as u64, buf);
-        copy::<StoreError>(&mut writer, runs.into_iter(), Zeroes::Data, read)?;
+        copy_runs::<StoreError>(&mut writer, runs.into_iter(), total, Zeroes::Data, job, read)?;
         writer.finish()?;
         // The old file has done its duty. Where its name cannot be taken away it is passed over from now on.
         if let Err(error) = self.0.dir.folder().remove(overlay.file().name()) {
@@ -234,32 +235,51 @@ impl DurableImage {
         Err(SpaceError::Unrelated("the images do not come from one parent: compare or merge relatives only"))
     }
 
-    /// Copies the pages of `runs` into a new sealed layer.
-    fn copy_into(&self, writer: &mut Writer, runs: &[PageRange], zeroes: Zeroes) -> Result<(), SpaceError> {
-        let read = |range: PageRange, buf: &mut [u8]| {
-            Source::read(self, ByteOffset::new(range.start().get() * BLOCK as u64), buf)
-        };
-        copy(writer, runs.iter().copied().map(Run::Read), zeroes, read)
-    }
-
-    fn sealed_on(
+    /// Copies pages into a new sealed layer over `below`, which is an image from then on: of the cut that `lineage` says. Its file goes with the claim,
+    /// until that is told to keep it.
+    pub(super) fn sealed_over(
         &self,
         below: &Self,
         lineage: Arc<Lineage>,
-        fill: impl FnOnce(&mut Writer) -> Result<(), SpaceError>,
-    ) -> Result<Self, SpaceError> {
+        pages: &PageSet,
+        zeroes: Zeroes,
+        job: &Job<'_>,
+    ) -> Result<(Self, Made), SpaceError> {
         let dir = &self.0.dir;
-        let id = LayerId::random().map_err(|error| dir.no_id(error))?;
+        let made = Made::new(dir)?;
         let parent = below.0.top.as_ref().map(|layer| layer.id());
-        let mut writer = Writer::create(dir.shared_folder(), id, parent, below.0.shape)?;
-        fill(&mut writer)?;
+        let mut writer = Writer::create(dir.shared_folder(), made.id(), parent, below.0.shape)?;
+        copy_pages(self, pages, zeroes, &mut writer, job)?;
         writer.finish()?;
-        let stacked = below.stack(id, Layer::open(dir.folder(), id)?)?;
-        let inner = &stacked.0;
-        let image =
-            Self::build(dir.clone(), inner.shape, inner.index.clone(), inner.top.clone(), inner.base.clone(), lineage);
+        let stacked = below.stack(made.id(), Layer::open(dir.folder(), made.id())?)?;
+        Ok((stacked.of_cut(lineage), made))
+    }
+
+    /// The same image as that of another cut, which must have the same content.
+    pub(super) fn of_cut(&self, lineage: Arc<Lineage>) -> Self {
+        let Inner { dir, shape, index, top, base, .. } = &*self.0;
+        let image = Self::build(dir.clone(), *shape, index.clone(), top.clone(), base.clone(), lineage);
         image.remember();
-        Ok(image)
+        image
+    }
+
+    pub(super) fn lineage(&self) -> &Arc<Lineage> {
+        &self.0.lineage
+    }
+
+    pub(super) fn dir(&self) -> &DiskDir {
+        &self.0.dir
+    }
+
+    /// The pages that have to be copied for the content not to need any layer.
+    pub(super) fn pages_over_base(&self) -> PageSet {
+        let mut pages = PageSet::new();
+        for (run, state) in self.0.index.runs(self.0.shape.geometry.all()) {
+            if !matches!(state, PageState::Absent) {
+                pages.push(run);
+            }
+        }
+        pages
     }
 }
 
@@ -351,15 +371,17 @@ impl Sealed for DurableImage {
         let shape = Shape { base_len: None, ..self.0.shape };
         let below = Self::root(self.0.dir.clone(), shape, None);
         // Only pages that something lies behind are looked at, however large the disk.
-        let mut runs = Vec::new();
+        let mut pages = PageSet::new();
         for (run, state) in self.0.index.runs(self.0.shape.geometry.all()) {
             match state {
-                PageState::Data(_) => runs.push(run),
-                PageState::Absent => runs.push(run.intersect(self.base_pages())),
+                PageState::Data(_) => pages.push(run),
+                PageState::Absent => pages.push(run.intersect(self.base_pages())),
                 PageState::Zero => {}
             }
         }
-        self.sealed_on(&below, Lineage::root(), |writer| self.copy_into(writer, &runs, Zeroes::LeftOut))
+        let (image, mut made) = self.sealed_over(&below, Lineage::root(), &pages, Zeroes::LeftOut, &Job::new())?;
+        made.keep();
+        Ok(image)
     }
 
     fn merge_onto(&self, ancestor: &Self) -> Result<Self, SpaceError> {
@@ -368,8 +390,10 @@ impl Sealed for DurableImage {
         }
         let lineage = ancestor.0.lineage.child(self.0.dir.tree().limits().depth)?;
         ancestor.freeze()?;
-        let runs: Vec<PageRange> = ancestor.0.index.diff(&self.0.index).runs().collect();
-        self.sealed_on(ancestor, lineage, |writer| self.copy_into(writer, &runs, Zeroes::Kept))
+        let pages = ancestor.0.index.diff(&self.0.index);
+        let (image, mut made) = self.sealed_over(ancestor, lineage, &pages, Zeroes::Kept, &Job::new())?;
+        made.keep();
+        Ok(image)
     }
 
     fn depth(&self) -> u32 {
@@ -377,7 +401,8 @@ impl Sealed for DurableImage {
     }
 
     fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        // An image whose layers were merged under an open disk is of the same cut still.
+        Arc::ptr_eq(&self.0.lineage, &other.0.lineage)
     }
 
     fn validate(&self) -> Result<(), String> {

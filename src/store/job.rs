@@ -7,9 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::id::LayerId;
-use super::sealed::Progress;
 use crate::error::StoreError;
 use crate::page::PageCount;
+
+/// How far a call has come with one layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    /// The layer that is checked, or made.
+    pub layer: LayerId,
+    /// Pages done.
+    pub done: PageCount,
+    /// Pages in all.
+    pub total: PageCount,
+}
 
 /// Stops long calls, from any thread. Clones of it are one.
 #[derive(Clone, Default, Debug)]
@@ -36,12 +46,20 @@ impl Cancel {
 /// What a long call reports to, and is stopped by; by default nobody and nothing.
 ///
 /// ```
-/// use offshoot::store::{Cancel, Job, Progress};
-/// let cancel = Cancel::new();
-/// let report = |progress: Progress| println!("{} of {} pages", progress.done, progress.total);
-/// let job = Job::new().report(&report).cancel(&cancel);
-/// # let _ = job;
-/// cancel.cancel(); // from any thread: the call that was given the job ends
+/// use offshoot::page::ByteSize;
+/// use offshoot::store::{Cancel, CloneError, CloneName, CloneStore, Job, Progress, StoreOptions};
+/// # let path = std::env::temp_dir().join(format!("offshoot-job-doc-{}", std::process::id()));
+/// let store = CloneStore::open(&path, StoreOptions::default())?;
+/// let (cancel, name) = (Cancel::new(), CloneName::new("golden")?);
+/// let image = offshoot::testing::ByteSource::new(vec![7; 1 << 20]);
+/// // Stopped by its own report, at the first that is told.
+/// let report = |progress: Progress| if progress.done > offshoot::page::PageCount::ZERO { cancel.cancel() };
+/// let stopped = store.create_image(&name, &image, &Job::new().report(&report).cancel(&cancel));
+/// assert!(stopped.unwrap_err().to_string().contains("cancelled"));
+/// store.create_image(&name, &image, &Job::new())?;
+/// # drop(store);
+/// # std::fs::remove_dir_all(&path).unwrap();
+/// # Ok::<(), CloneError>(())
 /// ```
 #[derive(Clone, Copy, Default)]
 pub struct Job<'a> {
@@ -62,7 +80,7 @@ impl<'a> Job<'a> {
     }
 
     /// Has `report` told of progress, on the threads that work, every 64 pages or so. It may use the store and its disks, but not what the call itself
-    /// works on alone, and it may neither check nor repair the store: those wait for calls that make layers.
+    /// works on alone: it is called with no lock held.
     #[must_use]
     pub const fn report(self, report: &'a (dyn Fn(Progress) + Sync)) -> Self {
         Self { report: Some(report), ..self }
@@ -74,15 +92,20 @@ impl<'a> Job<'a> {
         Self { cancel: Some(cancel), ..self }
     }
 
+    /// The same, with nobody told.
+    pub(super) const fn quiet(self) -> Self {
+        Self { report: None, ..self }
+    }
+
     /// Fails once it is cancelled.
     pub(super) fn check(&self) -> Result<(), StoreError> {
         if self.cancel.is_some_and(Cancel::is_cancelled) { Err(StoreError::Cancelled) } else { Ok(()) }
     }
 
     /// Tells of progress, and fails once it is cancelled.
-    pub(crate) fn step(&self, _layer: LayerId, done: u64, total: u64) -> Result<(), StoreError> {
+    pub(crate) fn step(&self, layer: LayerId, done: u64, total: u64) -> Result<(), StoreError> {
         if let Some(report) = self.report {
-            report(Progress { done: PageCount::new(done), total: PageCount::new(total) });
+            report(Progress { layer, done: PageCount::new(done), total: PageCount::new(total) });
         }
         self.check()
     }

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::id::LayerId;
+use super::map::MapBlock;
 use super::medium::Folder;
 use super::overlay::{Overlay, Shape};
 use super::record::Purpose;
 use super::sealed::SealedFile;
 use crate::error::StoreError;
 use crate::overlay::PageRef;
-use crate::page::{ByteSize, PageIndex, PageSize};
+use crate::page::{ByteSize, PageIndex, PageRange, PageSet, PageSize};
 
 /// In a place: the part of the map that would say is damaged.
 const DAMAGED: u64 = 1 << 63;
@@ -74,6 +75,11 @@ impl Layer {
         self.below.lock().clone()
     }
 
+    /// Puts a live overlay's layer over another one, with the same content. Whoever reads through the layer keeps what it has.
+    pub(super) fn lie_on(&self, below: Option<Arc<Layer>>) -> Option<Arc<Layer>> {
+        std::mem::replace(&mut *self.below.lock(), below)
+    }
+
     /// Layers from here to the last, this one included.
     pub(super) fn depth(self: &Arc<Self>) -> u32 {
         std::iter::successors(Some(self.clone()), |layer| layer.below()).fold(0, |depth, _| depth.saturating_add(1))
@@ -109,6 +115,32 @@ impl Body {
             Self::Overlay(overlay) => overlay.shape(),
             Self::Sealed(sealed) => sealed.shape(),
         }
+    }
+
+    /// The pages that it says something of: with data, and zero. Reads its map or index.
+    pub(super) fn pages(&self) -> Result<(PageSet, PageSet), StoreError> {
+        let (mut data, mut zero) = (PageSet::default(), PageSet::default());
+        match self {
+            Self::Overlay(overlay) => overlay.load(|start, block| {
+                let block = block?;
+                let moved = |run: PageRange| {
+                    let page = |page: PageIndex| PageIndex::new(start.get() + page.get());
+                    PageRange::from_bounds(page(run.start()), page(run.end()))
+                };
+                MapBlock::runs(&block.data).into_iter().for_each(|run| data.push(moved(run)));
+                MapBlock::runs(&block.zero).into_iter().for_each(|run| zero.push(moved(run)));
+                Ok(())
+            })?,
+            Self::Sealed(sealed) => sealed.extents(|range, at| {
+                if at.is_some() {
+                    data.push(range)
+                } else {
+                    zero.push(range)
+                }
+                Ok(())
+            })?,
+        }
+        Ok((data, zero))
     }
 }
 

@@ -36,8 +36,10 @@
 //! ```
 
 mod access;
+mod clean;
 #[cfg(feature = "store")]
 mod clones;
+mod copy;
 mod directory;
 mod durable;
 mod file;
@@ -45,15 +47,18 @@ mod flush;
 mod head;
 mod id;
 mod image;
-#[cfg(feature = "store")]
+#[cfg(all(test, shuttle))]
+mod interleavings;
 mod job;
 mod layer;
+mod made;
 mod map;
 mod medium;
 mod overlay;
 mod presence;
 mod ranges;
 mod record;
+mod restack;
 mod saved;
 mod sealed;
 
@@ -67,8 +72,7 @@ pub use directory::DiskDir;
 pub use durable::{Durable, DurableCut};
 pub use id::{DiskId, LayerId, SavedId};
 pub use image::{DurableImage, LayerInfo};
-#[cfg(feature = "store")]
-pub use job::{Cancel, Job};
+pub use job::{Cancel, Job, Progress};
 pub use medium::{Folder, Medium, Sharing, open_folder};
 pub use saved::{Manifest, SavedAccess, SavedDisk, SavedRegion};
-pub use sealed::{Progress, Verified};
+pub use sealed::Verified;

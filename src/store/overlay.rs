@@ -7,8 +7,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
-
 use super::file::{self, NamedFile, Part};
 use super::id::{DiskId, LayerId, OVERLAY};
 use super::map::{BLOCK_PAGES, MapBlock, Place, Side, Slot, Version, choose};
@@ -16,6 +14,7 @@ use super::medium::{Folder, Sharing};
 use super::record::{BLOCK, BLOCK_LEN, LAST_GENERATION, Purpose, Record, RecordPair};
 use crate::error::{SpaceError, StoreError};
 use crate::page::{ByteSize, Geometry, PageCount, PageIndex, PageRange, PageSize, is_zero};
+use crate::sync::Mutex;
 
 pub(super) const MAGIC: [u8; 8] = *b"OFFSOVL\0";
 const MAP_AT: u64 = 2 * BLOCK_LEN;
@@ -79,7 +78,6 @@ impl Shape {
 pub(super) struct Overlay {
     file: NamedFile,
     id: LayerId,
-    parent: Option<LayerId>,
     shape: Shape,
     data_at: u64,
     meta: Mutex<Meta>,
@@ -157,7 +155,6 @@ impl Overlay {
             Ok(record) => Ok(Self {
                 file,
                 id,
-                parent,
                 shape,
                 data_at,
                 meta: Mutex::new(Meta::new(record, shape)),
@@ -192,16 +189,12 @@ impl Overlay {
         if fields.u32_at(at::STATE) > FROZEN {
             return Err(file.damaged("it is neither live nor frozen", at::STATE as u64));
         }
-        let parent = match fields.bytes_at::<16>(at::PARENT) {
-            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] => None,
-            bytes => Some(LayerId::from_bytes(bytes)),
-        };
         if purpose == Purpose::Write {
             record.heal(&file)?;
         }
         let meta = Mutex::new(Meta::new(record, shape));
         let (unsynced, no_holes) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self { file, id, parent, shape, data_at, meta, unsynced, no_holes })
+        Ok(Self { file, id, shape, data_at, meta, unsynced, no_holes })
     }
 
     pub(super) fn id(&self) -> LayerId {
@@ -213,7 +206,17 @@ impl Overlay {
     }
 
     pub(super) fn parent(&self) -> Option<LayerId> {
-        self.parent
+        match self.meta.lock().record.record().bytes_at::<16>(at::PARENT) {
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] => None,
+            bytes => Some(LayerId::from_bytes(bytes)),
+        }
+    }
+
+    /// Names another parent, durably, which must be so and have the same content. After an error either may be found when it is opened.
+    pub(super) fn lie_on(&self, parent: Option<LayerId>) -> Result<(), StoreError> {
+        let mut meta = self.meta.lock();
+        let bytes = parent.map_or([0; 16], LayerId::bytes);
+        meta.record.update(&self.file, |record| record.put(at::PARENT, &bytes))
     }
 
     pub(super) fn shape(&self) -> Shape {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::map::{BLOCK_PAGES, WORDS};
 use crate::page::{PageCount, PageIndex, PageRange};
-use crate::sync::OnceLock;
+use crate::sync::{OnceLock, step};
 
 type Words = Box<[AtomicU64; WORDS]>;
 
@@ -65,6 +65,7 @@ impl Presence {
             let at = (page.get() % BLOCK_PAGES) as usize;
             let bit = 1 << (at % 64);
             let old = self.words(page.get() / BLOCK_PAGES)[at / 64].fetch_or(bit, Ordering::Release);
+            step();
             if old & bit == 0 {
                 self.count.fetch_add(1, Ordering::Relaxed);
             }
@@ -145,6 +146,7 @@ impl Presence {
                 continue;
             }
             let mut bits = word.swap(0, Ordering::AcqRel);
+            step();
             while bits != 0 {
                 blocks.push((at * 64) as u64 + u64::from(bits.trailing_zeros()));
                 bits &= bits - 1;

@@ -3,12 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use offshoot::SpaceError;
 use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::{ByteOffset, ByteSize, PageCount, PageIndex, PageRange};
-use offshoot::store::{CloneError, CloneName, CloneStore, Durable, Folder, Health, Kind, Problem, StoreOptions};
+use offshoot::store::{
+    CloneError, CloneName, CloneStore, Durable, DurableImage, Folder, Health, Job, Kind, Problem, StoreOptions,
+};
 use offshoot::testing::{ByteSource, Dice};
 
 pub const PAGE: usize = 4096;
@@ -94,12 +98,66 @@ pub fn of_world(world: &World) -> BTreeMap<CloneName, (Kind, Vec<u8>)> {
     world.iter().map(|(name, flat)| (name.clone(), (flat.kind, flat.now.clone()))).collect()
 }
 
-pub fn threads() -> rayon::ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread")
+pub fn threads() -> &'static rayon::ThreadPool {
+    static POOL: OnceLock<rayon::ThreadPool> = OnceLock::new();
+    POOL.get_or_init(|| rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread"))
 }
 
 pub fn problems(store: &CloneStore) -> Vec<Problem> {
-    store.check(&threads(), &|_, _| {}).expect("a check works")
+    store.check(threads(), &Job::new()).expect("a check works")
+}
+
+/// What a guest does in the middle of a call on its disk's layers: at one of the call's reports it writes a page, and may flush and fork.
+struct Guest<'a> {
+    disk: &'a Durable,
+    page: usize,
+    bytes: Vec<u8>,
+    turn: u64,
+    /// So many forks, if fewer than 6; with the last image of the odd ones kept.
+    forks: u64,
+    flushes: bool,
+    calls: AtomicU64,
+    done: Mutex<Result<(), SpaceError>>,
+    kept: Mutex<Vec<DurableImage>>,
+}
+
+impl Guest<'_> {
+    fn turn(&self) {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let done = if call == self.turn {
+            self.act()
+        } else if call > self.turn && call <= self.forks && self.forks < 6 {
+            self.fork()
+        } else {
+            return;
+        };
+        let mut first = self.done.lock().expect("nobody panics");
+        if first.is_ok() {
+            *first = done;
+        }
+    }
+
+    fn act(&self) -> Result<(), SpaceError> {
+        self.disk.write(ByteOffset::new((self.page * PAGE) as u64), &self.bytes)?;
+        if self.bytes[0] == 0 && self.bytes[PAGE - 1] == 0 {
+            self.disk.zero(PageRange::one(PageIndex::new(self.page as u64)))?;
+        }
+        if self.flushes {
+            self.disk.flush()?;
+        }
+        self.fork()
+    }
+
+    fn fork(&self) -> Result<(), SpaceError> {
+        if (1..6).contains(&self.forks) {
+            let (image, deferred) = self.disk.cut()?.commit();
+            drop(deferred);
+            if self.forks % 2 == 1 {
+                self.kept.lock().expect("nobody panics").push(image);
+            }
+        }
+        Ok(())
+    }
 }
 
 fn truncated(bytes: &[u8], len: usize) -> Vec<u8> {
@@ -156,7 +214,7 @@ impl Player {
         };
         let any = any.expect("there is a clone");
         let taken = self.world.contains_key(&free);
-        match dice.below(22) {
+        match dice.below(28) {
             0 if !taken => {
                 let len = dice.below(PAGES * PAGE as u64) + 1;
                 let mut bytes = dice.bytes(len);
@@ -165,7 +223,7 @@ impl Player {
                 bytes[hole / 2..hole].fill(0);
                 let now = truncated(&bytes, (len as usize).next_multiple_of(PAGE));
                 after.insert(free.clone(), Flat { kind: Kind::Image, now: now.clone(), origin: now });
-                self.store.create_image(&free, &ByteSource::new(bytes))
+                self.store.create_image(&free, &ByteSource::new(bytes), &Job::new())
             }
             1..4 if !taken => {
                 let now = self.world[&any].now.clone();
@@ -185,9 +243,9 @@ impl Player {
             7 => {
                 let flat = after.get_mut(&any).expect("it is there");
                 flat.origin = flat.now.clone();
-                self.store.flatten(&any)
+                self.store.flatten(&any, &Job::new())
             }
-            8 | 9 => self.store.merge(&any),
+            8 | 9 => self.store.merge(&any, &Job::new()),
             10 => {
                 let flat = after.get_mut(&clone).expect("it is there");
                 flat.now = truncated(&flat.now, flat.now.len() + dice.below(3) as usize * PAGE);
@@ -217,6 +275,7 @@ impl Player {
                 after.insert(free.clone(), Flat { kind: Kind::Clone, now, origin });
                 self.store.adopt(&child, &free)
             }
+            16..22 => self.while_open(&clone, &any, dice, after),
             _ => self.write(&clone, dice, after),
         }
     }
@@ -244,6 +303,94 @@ impl Player {
         Ok(disk.flush()?)
     }
 
+    /// A clone is open, with some layers of its own, and its layers are merged under it. In the middle its guest writes, flushes and forks.
+    fn while_open(
+        &mut self,
+        clone: &CloneName,
+        other: &CloneName,
+        dice: &mut Dice,
+        after: &mut World,
+    ) -> Result<(), CloneError> {
+        self.wrote = Some(clone.clone());
+        let disk = self.store.open_disk(clone)?;
+        let mut now = self.world[clone].now.clone();
+        let pages = now.len() / PAGE;
+        let mut put = |page: usize, bytes: Vec<u8>| now[page * PAGE..(page + 1) * PAGE].copy_from_slice(&bytes);
+        // Every sector changes once at most, so that what a cut leaves of it is old or new. The guest has the upper half.
+        let early: Vec<(usize, Vec<u8>)> =
+            (0..pages / 2).take(dice.below(4) as usize).map(|at| (at, dice.bytes(PAGE as u64))).collect();
+        let guest = Guest {
+            disk: &disk,
+            page: pages / 2 + dice.below((pages - pages / 2) as u64) as usize,
+            bytes: if dice.below(3) == 0 { vec![0; PAGE] } else { dice.bytes(PAGE as u64) },
+            turn: dice.below(2),
+            forks: dice.below(7),
+            flushes: dice.below(2) == 0,
+            calls: AtomicU64::new(0),
+            done: Mutex::new(Ok(())),
+            kept: Mutex::new(Vec::new()),
+        };
+        early.iter().for_each(|(page, bytes)| put(*page, bytes.clone()));
+        let which = dice.below(4);
+        let flat = after.get_mut(clone).expect("it is there");
+        flat.now = now.clone();
+        let longest = self.world[other].now.len() <= now.len();
+        let target = self.pick(dice, |flat| flat.kind == Kind::Clone).filter(|target| target != clone);
+        for (page, bytes) in &early {
+            disk.write(ByteOffset::new((page * PAGE) as u64), bytes)?;
+            drop(disk.cut()?.commit());
+        }
+        if which == 3 {
+            let Some(target) = target else { return Ok(disk.flush()?) };
+            let committed = after.get_mut(&target).expect("it is there");
+            let kept = std::mem::replace(&mut committed.now, now);
+            return match self.store.commit_open(&disk, &target) {
+                Err(CloneError::Diverged { .. }) => {
+                    committed.now = kept;
+                    Ok(())
+                }
+                done => done,
+            };
+        }
+        let origin = {
+            let mut bytes = vec![0; now.len()];
+            disk.origin().read(ByteOffset::ZERO, &mut bytes)?;
+            bytes
+        };
+        // What it may have written if this fails.
+        after.get_mut(clone).expect("it is there").now[guest.page * PAGE..(guest.page + 1) * PAGE]
+            .copy_from_slice(&guest.bytes);
+        let report = |_| guest.turn();
+        let job = Job::new().report(&report);
+        let done = match which {
+            0 => self.store.flatten_open(&disk, &job),
+            1 => self.store.merge_open(&disk, &job),
+            _ if clone != other && longest => self.store.rebase_open(&disk, other, &job),
+            _ => Ok(()),
+        };
+        let flat = after.get_mut(clone).expect("it is there");
+        match which {
+            0 => flat.origin = origin,
+            2 if clone != other && longest => flat.origin = self.world[other].now.clone(),
+            _ => {}
+        }
+        done?;
+        std::mem::replace(&mut *guest.done.lock().expect("nobody panics"), Ok(()))?;
+        if guest.calls.load(Ordering::Relaxed) <= guest.turn {
+            flat.now = now;
+        }
+        assert!(read_disk(&disk) == flat.now, "{clone} reads something else after its layers were merged");
+        disk.validate().expect("its tables agree");
+        let forked = (1..6).contains(&guest.forks);
+        drop(guest);
+        disk.flush()?;
+        if forked {
+            // What a fork point held when the layers were given back goes with a repair.
+            self.store.repair()?;
+        }
+        Ok(())
+    }
+
     fn rebase(&mut self, clone: &CloneName, onto: &CloneName, after: &mut World) -> Result<(), CloneError> {
         let below = self.world[onto].now.clone();
         let flat = after.get_mut(clone).expect("it is there");
@@ -251,7 +398,7 @@ impl Player {
             return Ok(());
         }
         if below.len() > flat.now.len() {
-            let refused = self.store.rebase(clone, onto);
+            let refused = self.store.rebase(clone, onto, &Job::new());
             assert!(matches!(
                 refused,
                 Err(CloneError::Length { .. } | CloneError::Catalogue { .. } | CloneError::Space(_))
@@ -260,7 +407,7 @@ impl Player {
                 .or_else(|error| if matches!(error, CloneError::Length { .. }) { Ok(()) } else { Err(error) });
         }
         flat.origin = below;
-        self.store.rebase(clone, onto)
+        self.store.rebase(clone, onto, &Job::new())
     }
 
     fn commit(&mut self, from: &CloneName, to: &CloneName, after: &mut World) -> Result<(), CloneError> {

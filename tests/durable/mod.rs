@@ -225,6 +225,7 @@ impl Player {
             std::mem::forget(open.durable);
         }
         self.images.drain(..).for_each(|(image, _)| std::mem::forget(image));
+        self.recorder.process_died();
         self.dir = DiskDir::over(self.recorder.folder(), &self.tree);
         let position = self.recorder.position();
         for at in 0..self.timelines.len() {

@@ -62,7 +62,7 @@ pub fn threads(count: usize) -> rayon::ThreadPool {
 }
 
 pub fn problems(store: &CloneStore) -> Vec<Problem> {
-    store.check(&threads(1), &|_, _| {}).expect("a check works")
+    store.check(&threads(1), &Job::new()).expect("a check works")
 }
 
 /// RAM in three regions with holes between them: 10, 3 and 19 pages.

@@ -272,7 +272,13 @@ impl Source for MappedImage {
         while from < end {
             let to = from.checked_add(window).map_or(end, |to| to.min(end));
             let asked = PageSet::from(PageRange::from_bounds(from, to));
-            if let Some(run) = self.data_in(&asked)?.runs().next() {
+            let first = self.data_in(&asked)?.runs().next();
+            // The kernel walks a run to its end however little of it was asked for: a long one is asked for in few steps.
+            if first.is_some_and(|run| run.end() == to) && to < end {
+                window = window.saturating_add(window);
+                continue;
+            }
+            if let Some(run) = first {
                 return Ok(Some(at.max(size.start_of(run.start()))..size.start_of(run.end())));
             }
             (from, window) = (to, window.saturating_add(window));

@@ -105,7 +105,7 @@ impl Export {
 
     /// The same, with the dirty bitmap ([`DIRTY_BITMAP`](super::DIRTY_BITMAP)) counting from `image` instead of from the disk's last fork point: the
     /// pages in which that fork point may differ from `image`, and those written since. What an incremental backup of a running VM needs: who has a
-    /// copy of `image` copies the dirty blocks of a clone of the next fork point. A later fork of the disk takes none of them away. Costs a diff, and another
+    /// copy of `image` copies the dirty blocks of a clone of the next fork point. A later fork of the disk takes none of them away; put over other layers, all that was moved counts. Costs a diff, and another
     /// after each such fork.
     ///
     /// ```

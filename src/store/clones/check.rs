@@ -7,16 +7,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::catalogue::{Catalogue, Change, FILE};
-use super::layers::{closure, files_of, pages_of, record_of};
+use super::layers::{closure, files_of, record_of};
 use super::record::LayerRecord;
 use super::{CloneError, CloneName, CloneStore};
 use crate::error::{SpaceError, StoreError};
 use crate::page::PageSet;
 use crate::store::file;
 use crate::store::id::{DISK, DiskId, LAYER, LayerId, OVERLAY, PARTIAL, SavedId, VM};
+use crate::store::job::Job;
 use crate::store::layer::{Body, Layer};
 use crate::store::medium::{Medium, Sharing};
-use crate::store::sealed::Progress;
+use crate::store::sealed::SealedFile;
 
 /// One thing that is wrong with a store.
 #[derive(Clone, Debug)]
@@ -78,18 +79,40 @@ type HeldFile = (String, Arc<dyn Medium>);
 
 impl CloneStore {
     /// Looks at everything: the catalogue against the files, every map and index, every page of sealed layers against its checksum (on the threads
-    /// given,
-    /// with progress), parents that are missing or could be written, files that nothing needs. Clones that are open are passed over but for their
-    /// named layers.
+    /// given, watched), parents that are missing or could be written, files that nothing needs. Clones that are open are passed over but for their named
+    /// layers. Other calls go on while pages are read.
     ///
     /// # Errors
-    /// [`CloneError::Catalogue`], or a directory that cannot be listed. What is found is no error.
-    pub fn check(
-        &self,
-        threads: &rayon::ThreadPool,
-        progress: &(dyn Fn(LayerId, Progress) + Sync),
-    ) -> Result<Vec<Problem>, CloneError> {
-        let _alone = self.0.making.write();
+    /// [`CloneError::Catalogue`], or a directory that cannot be listed; [`StoreError::Cancelled`]. What is found is no error.
+    pub fn check(&self, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Vec<Problem>, CloneError> {
+        let (mut problems, layers) = self.survey()?;
+        for layer in layers {
+            job.check()?;
+            // Opened while nobody can take it away; read when others go on. A sealed layer that is read is not removed.
+            let opened = {
+                let catalogue = self.0.catalogue.lock();
+                self.check_tables(&catalogue, layer, &mut problems)?
+            };
+            let Some(sealed) = opened else { continue };
+            match sealed.verify(threads, job) {
+                Ok(verified) if verified.damaged.is_empty() => {}
+                Ok(verified) => problems.push(Problem::Pages { layer, damaged: verified.damaged }),
+                Err(StoreError::Cancelled) => return Err(StoreError::Cancelled.into()),
+                Err(error) => problems.push(Problem::File { error }),
+            }
+        }
+        let catalogue = self.0.catalogue.lock();
+        let names = self.names()?;
+        let unfinished = catalogue.removals()?;
+        problems.extend(
+            unfinished.into_iter().filter(|file| names.contains(file)).map(|file| Problem::Unfinished { file }),
+        );
+        problems.extend(self.orphans(&catalogue)?.into_iter().map(|(file, _)| Problem::Orphan { file }));
+        Ok(problems)
+    }
+
+    /// What can be told from the catalogue and the heads, and the layers that have to be looked at.
+    fn survey(&self) -> Result<(Vec<Problem>, BTreeSet<LayerId>), CloneError> {
         let catalogue = self.0.catalogue.lock();
         let (walked, rows, names) = self.walk(&catalogue)?;
         let mut problems = Vec::new();
@@ -104,52 +127,50 @@ impl CloneStore {
         }
         let saved = self.check_saved(&catalogue, &rows, &mut problems)?;
         layers.extend(saved.values().flatten());
-        for layer in layers {
-            if !files_of(layer).iter().any(|file| names.contains(file)) {
-                let needs = walked.iter().filter(|(_, walked)| {
-                    walked.chain.layers.contains(&layer) || closure(&rows, walked.record.origin).contains(&layer)
-                });
-                let saved = saved.iter().filter(|(_, layers)| layers.contains(&layer));
-                let needed_by = needs.map(|(name, _)| name).chain(saved.map(|(name, _)| name)).cloned().collect();
-                problems.push(Problem::Missing { layer, needed_by });
-                continue;
-            }
-            match self.check_layer(layer, rows.get(&layer), threads, progress) {
-                Ok(found) => problems.extend(found),
-                Err(StoreError::InUse { .. }) => {}
-                Err(error) => problems.push(Problem::File { error }),
-            }
+        let is_missing = |layer: &LayerId| !files_of(*layer).iter().any(|file| names.contains(file));
+        let (missing, layers) = layers.into_iter().partition::<BTreeSet<_>, _>(is_missing);
+        for layer in missing {
+            let needs = walked.iter().filter(|(_, walked)| {
+                walked.chain.layers.contains(&layer) || closure(&rows, walked.record.origin).contains(&layer)
+            });
+            let saved = saved.iter().filter(|(_, layers)| layers.contains(&layer));
+            let needed_by = needs.map(|(name, _)| name).chain(saved.map(|(name, _)| name)).cloned().collect();
+            problems.push(Problem::Missing { layer, needed_by });
         }
-        let unfinished = catalogue.removals()?;
-        problems.extend(
-            unfinished.into_iter().filter(|file| names.contains(file)).map(|file| Problem::Unfinished { file }),
-        );
-        drop(walked);
-        problems.extend(self.orphans(&catalogue)?.into_iter().map(|(file, _)| Problem::Orphan { file }));
-        Ok(problems)
+        Ok((problems, layers))
     }
 
-    fn check_layer(
+    /// Compares a layer with its row, and reads its map or index; a sealed one is handed back, for its pages to be read.
+    fn check_tables(
         &self,
+        catalogue: &Catalogue,
         layer: LayerId,
-        row: Option<&LayerRecord>,
-        threads: &rayon::ThreadPool,
-        progress: &(dyn Fn(LayerId, Progress) + Sync),
-    ) -> Result<Vec<Problem>, StoreError> {
-        let mut problems = Vec::new();
-        let body = Layer::open(self.folder(), layer)?;
-        let found = record_of(&body);
+        problems: &mut Vec<Problem>,
+    ) -> Result<Option<SealedFile>, CloneError> {
+        let body = match Layer::open(self.folder(), layer) {
+            Ok(body) => body,
+            // It was there a moment ago: who needed it has been deleted.
+            Err(StoreError::InUse { .. } | StoreError::Missing { .. }) => return Ok(None),
+            Err(error) => {
+                problems.push(Problem::File { error });
+                return Ok(None);
+            }
+        };
+        let (row, found) = (catalogue.layer(layer)?, record_of(&body));
         // An overlay that was named and then sealed has got a fingerprint since.
         let agrees = |row: &LayerRecord| {
             (row.parent, row.pages) == (found.parent, found.pages)
                 && row.content.is_none_or(|content| found.content == Some(content))
         };
-        if row.is_some_and(|row| !agrees(row)) {
+        if row.is_some_and(|row| !agrees(&row)) {
             problems.push(Problem::Differs { layer });
         }
         // Maps and indices are checked as they are read.
-        pages_of(&body)?;
-        match &body {
+        if let Err(error) = body.pages() {
+            problems.push(Problem::File { error });
+            return Ok(None);
+        }
+        match body {
             Body::Overlay(overlay) => {
                 if overlay.is_corrupt() {
                     let error = StoreError::MarkedCorrupt { file: overlay.file().name().clone() };
@@ -158,24 +179,18 @@ impl CloneStore {
                 if row.is_some() && !overlay.is_frozen() {
                     problems.push(Problem::Writable { layer });
                 }
+                Ok(None)
             }
-            Body::Sealed(sealed) => {
-                let verified = sealed.verify(threads, &|done| progress(layer, done))?;
-                if !verified.damaged.is_empty() {
-                    problems.push(Problem::Pages { layer, damaged: verified.damaged });
-                }
-            }
+            Body::Sealed(sealed) => Ok(Some(sealed)),
         }
-        Ok(problems)
     }
 
     /// Removes what nothing needs, and finishes removals that were cut off. Never changes a file that something needs, and keeps
-    /// layers that may lie below one that is missing. Waits for calls that make layers.
+    /// layers that may lie below one that is missing, and what a call is making.
     ///
     /// # Errors
     /// [`CloneError::Catalogue`], or what the system says; what was removed until then stays removed.
     pub fn repair(&self) -> Result<Repaired, CloneError> {
-        let _alone = self.0.making.write();
         let mut catalogue = self.0.catalogue.lock();
         let mut change = Change::default();
         self.sweep(&catalogue, &mut change)?;
@@ -222,6 +237,10 @@ impl CloneStore {
         }
         needed.extend(saved.values().map(|record| crate::store::saved::file_name(record.id).to_string()));
         needed.extend(walked.values().map(|walked| crate::store::head::file_name(walked.record.disk).to_string()));
+        // Asked after the directory was listed: what was there by then has been told of, or has its row.
+        for file in self.0.dir.in_the_making().iter() {
+            needed.extend([format!("{file}.{PARTIAL}"), file.clone()]);
+        }
         Ok(names.into_iter().filter(|name| !needed.contains(name) && is_one_of_ours(name)).collect())
     }
 }

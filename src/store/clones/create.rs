@@ -6,32 +6,15 @@ use crate::backing::{Backing, Cut, Sealed};
 use crate::error::SpaceError;
 use crate::image::Source;
 use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageSet, PageSize};
+use crate::store::copy::{Zeroes, copy_pages};
 use crate::store::durable::Durable;
 use crate::store::id::LayerId;
 use crate::store::image::DurableImage;
+use crate::store::job::Job;
+use crate::store::made::Made;
 use crate::store::overlay::Shape;
 use crate::store::record::BLOCK;
-pub(super) use crate::store::sealed::Zeroes;
-use crate::store::sealed::{Run, Writer, copy};
-
-/// Copies pages of a source into a layer, and zeroes past its end.
-pub(super) fn copy_pages(
-    source: &dyn Source,
-    pages: &PageSet,
-    zeroes: Zeroes,
-    writer: &mut Writer,
-) -> Result<(), SpaceError> {
-    copy(writer, pages.runs().map(Run::Read), zeroes, |range, buf| {
-        read_padded(source, range.start().get() * BLOCK as u64, buf)
-    })
-}
-
-/// Reads, with zeroes past the end of the source.
-pub(super) fn read_padded(source: &dyn Source, at: u64, buf: &mut [u8]) -> Result<(), SpaceError> {
-    let here = source.len().get().saturating_sub(at).min(buf.len() as u64) as usize;
-    buf[here..].fill(0);
-    if here == 0 { Ok(()) } else { source.read(ByteOffset::new(at), &mut buf[..here]) }
-}
+use crate::store::sealed::Writer;
 
 /// The shape of a disk of this size.
 pub(super) fn checked_shape(size: ByteSize) -> Result<Shape, CloneError> {
@@ -57,19 +40,21 @@ impl CloneStore {
     /// read of the source; other calls go on meanwhile.
     ///
     /// # Errors
-    /// As [`CloneStore::create_empty`]; what the source or the medium says.
-    pub fn create_image(&self, name: &CloneName, source: &dyn Source) -> Result<(), CloneError> {
+    /// As [`CloneStore::create_empty`]; what the source or the medium says; [`StoreError::Cancelled`](crate::StoreError::Cancelled).
+    pub fn create_image(&self, name: &CloneName, source: &dyn Source, job: &Job<'_>) -> Result<(), CloneError> {
         let size = ByteSize::new(source.len().get().next_multiple_of(BLOCK as u64));
         let shape = checked_shape(size)?;
         self.check_free(&self.0.catalogue.lock(), name)?;
-        let _making = self.0.making.read_recursive();
         let all: PageSet = std::iter::once(shape.geometry.all()).fold(PageSet::default(), |mut set, range| {
             set.push(range);
             set
         });
-        let top = self.seal_layer(None, shape, |writer| copy_pages(source, &all, Zeroes::LeftOut, writer))?;
-        let record = self.new_record(Kind::Image, Some(top), shape.geometry.pages().get())?;
-        self.name_layer(&mut self.0.catalogue.lock(), name, record)
+        let mut made = self.seal_layer(None, shape, |writer| copy_pages(source, &all, Zeroes::LeftOut, writer, job))?;
+        let record = self.new_record(Kind::Image, Some(made.id()), shape.geometry.pages().get())?;
+        let mut catalogue = self.0.catalogue.lock();
+        self.check_free(&catalogue, name)?;
+        made.keep();
+        self.name_layer(&mut catalogue, name, record)
     }
 
     /// A new clone that reads as `source` does, an image or a clone that nobody has open. Costs one commit of the catalogue, whatever the disk's
@@ -155,17 +140,17 @@ impl CloneStore {
         Ok(CloneRecord { kind, disk, generation, top, origin: top, pages, origin_pages: pages })
     }
 
-    /// A new sealed layer, durable when this returns. No row names it yet.
+    /// A new sealed layer, durable when this returns. No row names it yet: until it is kept it goes with the claim.
     pub(super) fn seal_layer(
         &self,
         parent: Option<LayerId>,
         shape: Shape,
         fill: impl FnOnce(&mut Writer) -> Result<(), SpaceError>,
-    ) -> Result<LayerId, CloneError> {
-        let id = LayerId::random().map_err(|error| self.0.dir.no_id(error))?;
-        let mut writer = Writer::create(self.0.dir.shared_folder(), id, parent, shape)?;
+    ) -> Result<Made, CloneError> {
+        let made = Made::new(&self.0.dir)?;
+        let mut writer = Writer::create(self.0.dir.shared_folder(), made.id(), parent, shape)?;
         fill(&mut writer)?;
         writer.finish()?;
-        Ok(id)
+        Ok(made)
     }
 }

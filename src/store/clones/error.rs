@@ -53,7 +53,7 @@ pub enum CloneError {
         name: CloneName,
     },
     /// It is open, in this process or another.
-    #[error("`{name}` is open: close it first, or cut the open disk and keep the image")]
+    #[error("`{name}` is open: close it first, or use the call for open disks")]
     Open {
         /// The name.
         name: CloneName,
@@ -95,6 +95,9 @@ pub enum CloneError {
     /// A disk or image of another directory.
     #[error("the disk does not lie in this store: open it through the store, or fork one that was")]
     OtherStore,
+    /// An open disk that was forked from one of the store's and never got a name.
+    #[error("the disk has no name in the store: adopt it first")]
+    Nameless,
     /// Somebody rewrote or deleted it while a call was working on it.
     #[error("`{name}` was rewritten or deleted meanwhile: try again")]
     Changed {

@@ -8,11 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::catalogue::Catalogue;
 use super::error::CloneError;
 use super::record::LayerRecord;
-use crate::error::StoreError;
-use crate::page::{PageIndex, PageRange, PageSet};
 use crate::store::id::{LAYER, LayerId, OVERLAY};
 use crate::store::layer::{Body, Layer};
-use crate::store::map::MapBlock;
 use crate::store::medium::Folder;
 
 /// The two files that a layer may be kept in.
@@ -107,30 +104,4 @@ pub(super) fn closure(
         }
     }
     reached
-}
-
-/// The pages that a layer says something of: with data, and zero.
-pub(super) fn pages_of(body: &Body) -> Result<(PageSet, PageSet), StoreError> {
-    let (mut data, mut zero) = (PageSet::default(), PageSet::default());
-    match body {
-        Body::Overlay(overlay) => overlay.load(|start, block| {
-            let block = block?;
-            let moved = |run: PageRange| {
-                let page = |page: PageIndex| PageIndex::new(start.get() + page.get());
-                PageRange::from_bounds(page(run.start()), page(run.end()))
-            };
-            MapBlock::runs(&block.data).into_iter().for_each(|run| data.push(moved(run)));
-            MapBlock::runs(&block.zero).into_iter().for_each(|run| zero.push(moved(run)));
-            Ok(())
-        })?,
-        Body::Sealed(sealed) => sealed.extents(|range, at| {
-            if at.is_some() {
-                data.push(range)
-            } else {
-                zero.push(range)
-            }
-            Ok(())
-        })?,
-    }
-    Ok((data, zero))
 }

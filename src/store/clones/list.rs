@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::catalogue::Catalogue;
-use super::layers::{Chain, chain, pages_of};
+use super::layers::{Chain, chain};
 use super::record::{CloneRecord, Kind, LayerRecord, SavedRecord};
 use super::{CloneError, CloneName, CloneStore};
 use crate::error::StoreError;
@@ -185,7 +185,7 @@ impl CloneStore {
     fn hidden(&self, layers: &[LayerId]) -> Result<ByteSize, CloneError> {
         let (mut seen, mut pages) = (PageSet::default(), 0);
         for id in layers {
-            let (data, zero) = pages_of(&Layer::open(self.folder(), *id)?)?;
+            let (data, zero) = Layer::open(self.folder(), *id)?.pages()?;
             pages += data.intersection(&seen).count().get();
             seen = seen.union(&data).union(&zero);
         }

@@ -18,6 +18,7 @@ mod create;
 mod error;
 mod layers;
 mod list;
+mod open;
 mod record;
 mod rewrite;
 mod saved;
@@ -34,7 +35,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 
 use self::catalogue::{Catalogue, Change};
 use self::layers::{chain, closure, files_of, rows_for};
@@ -109,8 +110,6 @@ pub struct CloneStore(Arc<Inner>);
 struct Inner {
     dir: DiskDir,
     catalogue: Mutex<Catalogue>,
-    /// Held shared by whoever makes files that no row names yet, alone by whoever removes such files. Taken before the catalogue.
-    making: RwLock<()>,
     /// A layer had no file when the store was opened: others are looked for before a clone is made.
     some_missing: bool,
 }
@@ -188,7 +187,7 @@ impl CloneStore {
         let some_missing = catalogue.layers()?.keys().any(is_missing);
         let dir = DiskDir::over(folder, &options.tree);
         let catalogue = Mutex::new(catalogue);
-        let store = Self(Arc::new(Inner { dir, catalogue, making: RwLock::new(()), some_missing }));
+        let store = Self(Arc::new(Inner { dir, catalogue, some_missing }));
         store.remove_unnamed(&mut store.0.catalogue.lock())?;
         Ok(store)
     }

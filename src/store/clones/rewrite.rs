@@ -7,16 +7,18 @@ use std::cmp::Ordering;
 use std::collections::BTreeSet;
 
 use super::catalogue::Change;
-use super::create::{Zeroes, checked_shape, copy_pages, read_padded};
-use super::layers::{chain, pages_of, rows_for};
+use super::create::checked_shape;
+use super::layers::{chain, rows_for};
 use super::record::{CloneRecord, Kind};
 use super::{CloneError, CloneName, CloneStore, Held, Hold, Sweep};
-use crate::backing::Sealed;
 use crate::error::{SpaceError, StoreError};
 use crate::page::{ByteSize, PageRange, PageSet};
+use crate::store::copy::{Zeroes, copy_pages, read_padded};
 use crate::store::id::LayerId;
 use crate::store::image::DurableImage;
+use crate::store::job::Job;
 use crate::store::layer::Layer;
+use crate::store::made::Made;
 use crate::store::record::BLOCK;
 
 /// Where a name goes on from.
@@ -25,6 +27,8 @@ struct Replaced {
     origin: Option<LayerId>,
     pages: u64,
     origin_pages: u64,
+    /// The topmost layer, where it was made for this.
+    made: Option<Made>,
 }
 
 impl CloneStore {
@@ -70,7 +74,11 @@ impl CloneStore {
         let held = self.hold(&catalogue, name, Hold::Briefly)?;
         check_clone(&held, "reset")?;
         let CloneRecord { origin, origin_pages, .. } = held.record;
-        self.replace(&mut catalogue, &held, Replaced { top: origin, origin, pages: origin_pages, origin_pages })
+        self.replace(
+            &mut catalogue,
+            &held,
+            Replaced { top: origin, origin, pages: origin_pages, origin_pages, made: None },
+        )
     }
 
     /// Makes a disk longer, by zeroes. Its parent stays as it is. O(1).
@@ -79,7 +87,6 @@ impl CloneStore {
     /// [`CloneError::Length`] where it would get shorter; [`SpaceError::Geometry`] for a size that cannot be; as [`CloneStore::reset`].
     pub fn grow(&self, name: &CloneName, size: ByteSize) -> Result<(), CloneError> {
         let shape = checked_shape(size)?;
-        let _making = self.0.making.read_recursive();
         let mut catalogue = self.0.catalogue.lock();
         let held = self.hold(&catalogue, name, Hold::Briefly)?;
         check_clone(&held, "grown")?;
@@ -91,13 +98,14 @@ impl CloneStore {
         }
         let top = self.image(&catalogue, &held)?.top().map(|layer| layer.id());
         let pages = shape.geometry.pages().get();
-        let top = match top {
+        let made = match top {
             // Nothing below can be told from zeroes.
             None => None,
             Some(_) => Some(self.seal_layer(top, shape, |_| Ok(()))?),
         };
         let CloneRecord { origin, origin_pages, .. } = held.record;
-        self.replace(&mut catalogue, &held, Replaced { top, origin, pages, origin_pages })
+        let top = made.as_ref().map(Made::id);
+        self.replace(&mut catalogue, &held, Replaced { top, origin, pages, origin_pages, made })
     }
 
     /// Copies all that a name reads as into one sealed layer without a parent. The name depends on nothing else from then on, and a reset goes
@@ -105,23 +113,20 @@ impl CloneStore {
     /// Other calls go on meanwhile, and relatives may be in use; the clone itself may not. Costs a read of what is not zero.
     ///
     /// # Errors
-    /// [`CloneError::Changed`] where it was rewritten or deleted meanwhile; as [`CloneStore::clone_disk`].
-    pub fn flatten(&self, name: &CloneName) -> Result<(), CloneError> {
+    /// [`CloneError::Changed`] where it was rewritten or deleted meanwhile; [`StoreError::Cancelled`]; as [`CloneStore::clone_disk`].
+    pub fn flatten(&self, name: &CloneName, job: &Job<'_>) -> Result<(), CloneError> {
         self.rewrite(name, |store, held, image| {
-            let mut pages = PageSet::default();
-            for (run, state) in image.index().runs(Sealed::geometry(image).all()) {
-                if matches!(state, crate::overlay::PageState::Data(_)) {
-                    pages.push(run);
-                }
-            }
+            let pages = image.pages_over_base();
             let shape = held.record.shape();
-            let top = match pages.is_empty() {
+            let made = match pages.is_empty() {
                 true => None,
                 false => {
-                    Some(store.seal_layer(None, shape, |writer| copy_pages(image, &pages, Zeroes::LeftOut, writer))?)
+                    let copy = |writer: &mut _| copy_pages(image, &pages, Zeroes::LeftOut, writer, job);
+                    Some(store.seal_layer(None, shape, copy)?)
                 }
             };
-            Ok(Some(Replaced { top, origin: top, pages: held.record.pages, origin_pages: held.record.pages }))
+            let (top, pages) = (made.as_ref().map(Made::id), held.record.pages);
+            Ok(Some(Replaced { top, origin: top, pages, origin_pages: pages, made }))
         })
     }
 
@@ -131,22 +136,26 @@ impl CloneStore {
     ///
     /// # Errors
     /// As [`CloneStore::flatten`].
-    pub fn merge(&self, name: &CloneName) -> Result<(), CloneError> {
+    pub fn merge(&self, name: &CloneName, job: &Job<'_>) -> Result<(), CloneError> {
         self.rewrite(name, |store, held, image| {
             let CloneRecord { origin, pages, origin_pages, .. } = held.record;
-            let own = store.layers_above(image.top().map(|layer| layer.id()), origin)?;
+            let chain = store.layers_above(image.top().map(|layer| layer.id()), None)?;
+            // An open clone that was put over other layers may have been killed before its row said so: it does not lie on its origin then.
+            let bottom = origin.filter(|origin| chain.contains(origin));
+            let own: Vec<LayerId> = chain.into_iter().take_while(|id| Some(*id) != bottom).collect();
             if own.len() < 2 {
                 return Ok(None);
             }
             let mut touched = PageSet::default();
             for id in &own {
-                let (data, zero) = pages_of(&Layer::open(store.folder(), *id)?)?;
+                let (data, zero) = Layer::open(store.folder(), *id)?.pages()?;
                 touched = touched.union(&data).union(&zero);
             }
-            let zeroes = if origin.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
+            let zeroes = if bottom.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
             let shape = held.record.shape();
-            let top = store.seal_layer(origin, shape, |writer| copy_pages(image, &touched, zeroes, writer))?;
-            Ok(Some(Replaced { top: Some(top), origin, pages, origin_pages }))
+            let copy = |writer: &mut _| copy_pages(image, &touched, zeroes, writer, job);
+            let made = store.seal_layer(bottom, shape, copy)?;
+            Ok(Some(Replaced { top: Some(made.id()), origin, pages, origin_pages, made: Some(made) }))
         })
     }
 
@@ -156,7 +165,7 @@ impl CloneStore {
     ///
     /// # Errors
     /// [`CloneError::Length`] where `onto` is longer than the clone; as [`CloneStore::flatten`].
-    pub fn rebase(&self, name: &CloneName, onto: &CloneName) -> Result<(), CloneError> {
+    pub fn rebase(&self, name: &CloneName, onto: &CloneName, job: &Job<'_>) -> Result<(), CloneError> {
         // Read as a kept image: deleted meanwhile, it is still there, and the commit below says that it is not.
         self.rewrite(name, |store, held, image| {
             let (below_record, below) = {
@@ -169,18 +178,20 @@ impl CloneStore {
                 let (found, least) = (held.record.shape().geometry.len(), below_record.shape().geometry.len());
                 return Err(CloneError::Length { found, least });
             }
-            let differing = store.differing(image, &below)?;
+            let differing = store.differing(image, &below, job)?;
             let parent = below.top().map(|layer| layer.id());
             let shape = held.record.shape();
-            let top = match (differing.is_empty() && below_record.pages == pages, parent) {
-                (true, parent) => parent,
+            let made = match (differing.is_empty() && below_record.pages == pages, parent) {
+                (true, _) => None,
                 (false, None) if differing.is_empty() => None,
                 (false, parent) => {
                     let zeroes = if parent.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
-                    Some(store.seal_layer(parent, shape, |writer| copy_pages(image, &differing, zeroes, writer))?)
+                    let copy = |writer: &mut _| copy_pages(image, &differing, zeroes, writer, job);
+                    Some(store.seal_layer(parent, shape, copy)?)
                 }
             };
-            Ok(Some(Replaced { top, origin: parent, pages, origin_pages: below_record.pages }))
+            let top = made.as_ref().map(Made::id).or(parent);
+            Ok(Some(Replaced { top, origin: parent, pages, origin_pages: below_record.pages, made }))
         })
     }
 
@@ -199,18 +210,27 @@ impl CloneStore {
         let (from, to) = (self.hold(&catalogue, name, Hold::Briefly)?, self.hold(&catalogue, target, Hold::Briefly)?);
         check_clone(&to, "committed into")?;
         let top = self.image(&catalogue, &from)?.top().map(|layer| layer.id());
+        self.commit_top(&mut catalogue, (name, top, from.record.pages), &to)
+    }
+
+    /// Has `to` go on from a topmost layer of `name`'s, which is frozen, where that descends from what it reads as.
+    pub(super) fn commit_top(
+        &self,
+        catalogue: &mut super::Catalogue,
+        (name, top, pages): (&CloneName, Option<LayerId>, u64),
+        to: &Held,
+    ) -> Result<(), CloneError> {
         let (rows, names) = (catalogue.layers()?, self.names()?);
         let descends = match to.top() {
             None => true,
             Some(below) => chain(self.folder(), &rows, &names, top).layers.contains(&below),
         };
-        if !descends || to.record.pages > from.record.pages {
-            return Err(CloneError::Diverged { name: name.clone(), target: target.clone() });
+        if !descends || to.record.pages > pages {
+            return Err(CloneError::Diverged { name: name.clone(), target: to.name.clone() });
         }
         let CloneRecord { origin, origin_pages, .. } = to.record;
         // Where the target lay on nothing, that is what a reset goes back to still.
-        let replaced = Replaced { top, origin, pages: from.record.pages, origin_pages };
-        self.replace(&mut catalogue, &to, replaced)
+        self.replace(catalogue, to, Replaced { top, origin, pages, origin_pages, made: None })
     }
 
     /// The pages that two names read differently; past the end of the shorter one, where the other is not zero. Costs a read of what is not in a
@@ -220,21 +240,28 @@ impl CloneStore {
     /// As [`CloneStore::open_image`].
     pub fn diff(&self, name: &CloneName, other: &CloneName) -> Result<PageSet, CloneError> {
         let (left, right) = (self.open_image(name)?, self.open_image(other)?);
-        self.differing(&left, &right)
+        self.differing(&left, &right, &Job::new())
     }
 
-    fn differing(&self, left: &DurableImage, right: &DurableImage) -> Result<PageSet, CloneError> {
+    /// The pages that two frozen images read differently.
+    pub(super) fn differing(
+        &self,
+        left: &DurableImage,
+        right: &DurableImage,
+        job: &Job<'_>,
+    ) -> Result<PageSet, CloneError> {
         let tops = [left, right].map(|image| image.top().map(|layer| layer.id()));
         let chains = [self.layers_above(tops[0], None)?, self.layers_above(tops[1], None)?];
         let shared: BTreeSet<LayerId> = chains[0].iter().copied().filter(|id| chains[1].contains(id)).collect();
         let mut candidates = PageSet::default();
         for id in chains.iter().flatten().filter(|id| !shared.contains(id)) {
-            let (data, zero) = pages_of(&Layer::open(self.folder(), *id)?)?;
+            let (data, zero) = Layer::open(self.folder(), *id)?.pages()?;
             candidates = candidates.union(&data).union(&zero);
         }
         let (mut a, mut b) = ([0; BLOCK], [0; BLOCK]);
         let mut found = PageSet::default();
         for page in candidates.pages() {
+            job.check()?;
             let at = page.get() * BLOCK as u64;
             read_padded(left, at, &mut a)?;
             read_padded(right, at, &mut b)?;
@@ -246,7 +273,11 @@ impl CloneStore {
     }
 
     /// The layers from `top` down to `bottom`, which is left out; all of them, where it is not among them.
-    fn layers_above(&self, top: Option<LayerId>, bottom: Option<LayerId>) -> Result<Vec<LayerId>, CloneError> {
+    pub(super) fn layers_above(
+        &self,
+        top: Option<LayerId>,
+        bottom: Option<LayerId>,
+    ) -> Result<Vec<LayerId>, CloneError> {
         let (rows, names) = (self.0.catalogue.lock().layers()?, self.names()?);
         let chain = chain(self.folder(), &rows, &names, top);
         Ok(chain.layers.into_iter().take_while(|id| Some(*id) != bottom).collect())
@@ -258,7 +289,6 @@ impl CloneStore {
         name: &CloneName,
         make: impl FnOnce(&Self, &Held, &DurableImage) -> Result<Option<Replaced>, CloneError>,
     ) -> Result<(), CloneError> {
-        let _making = self.0.making.read_recursive();
         let (held, image) = {
             let catalogue = self.0.catalogue.lock();
             let held = self.hold(&catalogue, name, Hold::Long)?;
@@ -279,7 +309,7 @@ impl CloneStore {
     /// Has a name go on from other layers, which are durable.
     fn replace(&self, catalogue: &mut super::Catalogue, held: &Held, new: Replaced) -> Result<(), CloneError> {
         let (disk, generation) = self.fresh()?;
-        let Replaced { top, origin, pages, origin_pages } = new;
+        let Replaced { top, origin, pages, origin_pages, mut made } = new;
         let record = CloneRecord { kind: held.record.kind, disk, generation, top, origin, pages, origin_pages };
         // The old ones too, so that those that nothing needs are found.
         let mut layers = self.rows_that_are_there(catalogue, held.top())?;
@@ -289,11 +319,14 @@ impl CloneStore {
             }
         }
         let change = Change { clones: vec![(held.name.clone(), Some(record))], layers, ..Change::default() };
+        if let Some(made) = &mut made {
+            made.keep();
+        }
         self.apply(catalogue, change, Sweep::Yes)
     }
 }
 
-fn check_clone(held: &Held, what: &'static str) -> Result<(), CloneError> {
+pub(super) fn check_clone(held: &Held, what: &'static str) -> Result<(), CloneError> {
     match held.record.kind {
         Kind::Clone => Ok(()),
         kind => Err(CloneError::WrongKind { name: held.name.clone(), kind, what }),

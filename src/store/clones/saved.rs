@@ -4,13 +4,9 @@
 //! state mean, nor how a VM is put together.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::RwLockReadGuard;
-
 use super::catalogue::{Catalogue, Change};
-use super::create::{Zeroes, read_padded};
 use super::layers::{chain, closure, files_of, rows_for};
 use super::list::Health;
 use super::record::{LayerRecord, SavedRecord, shape_of};
@@ -19,12 +15,13 @@ use crate::backing::Sealed;
 use crate::error::{SpaceError, StoreError};
 use crate::image::Source;
 use crate::page::{ByteOffset, ByteSize, Geometry, GeometryError, PageCount, PageSet, PageSize};
-use crate::store::id::{LAYER, LayerId, SavedId};
+use crate::store::copy::{Zeroes, copy_pages};
+use crate::store::id::{LayerId, SavedId};
 use crate::store::image::DurableImage;
 use crate::store::job::Job;
-use crate::store::record::BLOCK;
+use crate::store::made::{Claim, Made};
 use crate::store::saved::{self, Manifest};
-use crate::store::sealed::{Run, Writer, copy};
+use crate::store::sealed::Writer;
 
 /// What the store says of a saved VM.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -49,12 +46,11 @@ impl StoreTag {
     }
 }
 
-/// A saved VM in the making: holds off repairs, and removes what it made unless it is finished.
+/// A saved VM in the making: what it made is no orphan, and is removed unless it is finished.
 pub(crate) struct NewSaved<'a> {
     store: &'a CloneStore,
     name: CloneName,
-    _making: RwLockReadGuard<'a, ()>,
-    made: Vec<String>,
+    made: Vec<Claim>,
     /// Kept open, so that nobody removes them.
     held: Vec<DurableImage>,
 }
@@ -66,9 +62,8 @@ impl CloneStore {
 
     /// Begins a saved VM of this name.
     pub(crate) fn new_saved(&self, name: &CloneName) -> Result<NewSaved<'_>, CloneError> {
-        let _making = self.0.making.read_recursive();
         self.check_free(&self.0.catalogue.lock(), name)?;
-        Ok(NewSaved { store: self, name: name.clone(), _making, made: Vec::new(), held: Vec::new() })
+        Ok(NewSaved { store: self, name: name.clone(), made: Vec::new(), held: Vec::new() })
     }
 
     /// The saved VMs, by name. Costs by their layers, and a read of each manifest.
@@ -231,20 +226,13 @@ impl NewSaved<'_> {
     ) -> Result<LayerId, CloneError> {
         let Some(shape) = shape_of(pages.get()) else { return Err(too_long(pages)) };
         let dir = &self.store.0.dir;
-        let id = LayerId::random().map_err(|error| dir.no_id(error))?;
+        let made = Made::new(dir)?;
+        let id = made.id();
         let mut writer = Writer::create(dir.shared_folder(), id, parent, shape)?;
         let zeroes = if parent.is_some() { Zeroes::Kept } else { Zeroes::LeftOut };
-        let (done, total) = (AtomicU64::new(0), copied.count().get());
-        job.step(id, 0, total)?;
-        threads.install(|| {
-            copy(&mut writer, copied.runs().map(Run::Read), zeroes, |range, buf| {
-                read_padded(source, range.start().get() * BLOCK as u64, buf)?;
-                let count = range.count().get();
-                Ok::<_, SpaceError>(job.step(id, done.fetch_add(count, Ordering::Relaxed) + count, total)?)
-            })
-        })?;
-        self.made.push(format!("{id}.{LAYER}"));
+        threads.install(|| copy_pages(source, copied, zeroes, &mut writer, job))?;
         writer.finish()?;
+        self.made.push(made.into_claim());
         Ok(id)
     }
 
@@ -263,7 +251,7 @@ impl NewSaved<'_> {
         let store = self.store;
         let id = SavedId::random().map_err(|error| store.0.dir.no_id(error))?;
         let manifest = Manifest { id, ..manifest };
-        self.made.push(saved::file_name(id).to_string());
+        self.made.push(Claim::on(&store.0.dir, &saved::file_name(id)));
         saved::write(store.folder(), &manifest)?;
         let mut catalogue = store.0.catalogue.lock();
         store.check_free(&catalogue, &self.name)?;
@@ -278,21 +266,8 @@ impl NewSaved<'_> {
         let record = SavedRecord { id, tops: manifest.layers().collect() };
         let change = Change { saved: vec![(self.name.clone(), Some(record))], layers, ..Change::default() };
         // A commit that fails may have been made: what it would name stays, and is an orphan if it was not.
-        self.made.clear();
+        self.made.iter_mut().for_each(Claim::keep);
         store.apply(&mut catalogue, change, Sweep::No)?;
         Ok(manifest)
-    }
-}
-
-impl Drop for NewSaved<'_> {
-    fn drop(&mut self) {
-        for name in self.made.drain(..) {
-            match self.store.folder().remove(&name) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    tracing::warn!(%error, file = %name, "a file of a save that was given up was left behind");
-                }
-                _ => {}
-            }
-        }
     }
 }

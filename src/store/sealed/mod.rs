@@ -16,7 +16,7 @@ mod write;
 
 pub(super) use copy::{Run, Zeroes, copy};
 pub(super) use read::SealedFile;
-pub use verify::{Progress, Verified};
+pub use verify::Verified;
 pub(super) use write::Writer;
 
 use std::sync::Arc;

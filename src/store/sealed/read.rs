@@ -17,7 +17,7 @@ use crate::page::{PageIndex, PageRange};
 #[derive(Debug)]
 pub(in super::super) struct SealedFile {
     file: NamedFile,
-    id: LayerId,
+    pub(super) id: LayerId,
     parent: Option<LayerId>,
     shape: Shape,
     pub(super) parts: Parts,

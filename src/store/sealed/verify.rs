@@ -5,20 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use rayon::prelude::*;
 
+use super::super::job::Job;
 use super::super::record::BLOCK;
 use super::SealedFile;
 use super::pages::PageBuffer;
 use crate::error::StoreError;
 use crate::page::{PageCount, PageIndex, PageSet};
-
-/// How far a verification has come.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
-    /// Pages checked.
-    pub done: PageCount,
-    /// Pages in all.
-    pub total: PageCount,
-}
 
 /// What a verification found. All other pages are what was written.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,12 +28,8 @@ impl SealedFile {
     /// Checks everything, 256 KiB at a time and in parallel.
     ///
     /// # Errors
-    /// A table that is damaged, or a page that cannot be read. Damaged pages are no error: they are named.
-    pub(in super::super) fn verify(
-        &self,
-        threads: &rayon::ThreadPool,
-        progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<Verified, StoreError> {
+    /// A table that is damaged, or a page that cannot be read; [`StoreError::Cancelled`]. Damaged pages are no error: they are named.
+    pub(in super::super) fn verify(&self, threads: &rayon::ThreadPool, job: &Job<'_>) -> Result<Verified, StoreError> {
         let total = self.parts.data_pages;
         let (done, damaged) = (AtomicU64::new(0), Mutex::new(Vec::new()));
         let buffer = || PageBuffer::new(PageCount::new(CHUNK));
@@ -51,8 +39,7 @@ impl SealedFile {
                 let pages = CHUNK.min(total - first);
                 self.check_chunk(first, &mut buf.bytes_mut()[..pages as usize * BLOCK], &damaged)?;
                 let done = done.fetch_add(pages, Ordering::Relaxed) + pages;
-                progress(Progress { done: PageCount::new(done), total: PageCount::new(total) });
-                Ok::<_, StoreError>(())
+                job.step(self.id, done, total)
             })
         };
         // The fingerprint is one chain of multiplications: it goes beside the pages.

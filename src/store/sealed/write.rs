@@ -75,6 +75,11 @@ impl Writer {
         Ok(writer)
     }
 
+    /// Whose pages these are.
+    pub(in super::super) fn id(&self) -> LayerId {
+        self.id
+    }
+
     fn push(&mut self, block: &[u8; BLOCK]) -> Result<(), StoreError> {
         self.buffer.extend_from_slice(block);
         if self.buffer.len() >= BUFFER { self.write_out() } else { Ok(()) }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::content::Content;
@@ -31,6 +32,16 @@ pub(super) struct State {
     log: Log,
     fault: Option<(u64, Fault)>,
     calls: u64,
+    locks: BTreeMap<usize, Held>,
+    /// Counts the processes that were killed: what one of them held, nobody holds.
+    process: u64,
+}
+
+/// Who holds a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Held {
+    Alone,
+    By(u32),
 }
 
 impl Recorder {
@@ -73,6 +84,13 @@ impl Recorder {
     /// Calls that change something since [`Recorder::fail_nth`].
     pub fn calls(&self) -> u64 {
         self.state().calls
+    }
+
+    /// The process that used the folder is gone, with all the locks that it had.
+    pub fn process_died(&self) {
+        let mut state = self.state();
+        state.locks.clear();
+        state.process += 1;
     }
 
     /// Flips one bit of a file's content, as rot does; says whether there is such a bit.
@@ -119,6 +137,25 @@ impl Recorder {
 }
 
 impl State {
+    /// Holds a file, if nobody else is in the way.
+    fn lock(&mut self, file: usize, sharing: Sharing) -> io::Result<()> {
+        let held = match (self.locks.get(&file), sharing) {
+            (None, Sharing::Alone) => Held::Alone,
+            (None, Sharing::Readers) => Held::By(1),
+            (Some(Held::By(readers)), Sharing::Readers) => Held::By(readers + 1),
+            _ => return Err(io::ErrorKind::WouldBlock.into()),
+        };
+        self.locks.insert(file, held);
+        Ok(())
+    }
+
+    fn unlock(&mut self, file: usize) {
+        match self.locks.get_mut(&file) {
+            Some(Held::By(readers)) if *readers > 1 => *readers -= 1,
+            _ => drop(self.locks.remove(&file)),
+        }
+    }
+
     /// One call: counted, and failed if it is its turn.
     fn turn(&mut self) -> Option<Fault> {
         self.calls += 1;
@@ -141,6 +178,17 @@ fn refused(how: Fault) -> io::Error {
 struct Handle {
     folder: Recorder,
     file: usize,
+    process: u64,
+    is_shared: AtomicBool,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let mut state = self.folder.state();
+        if state.process == self.process {
+            state.unlock(self.file);
+        }
+    }
 }
 
 impl Folder for Recorder {
@@ -156,14 +204,17 @@ impl Folder for Recorder {
         state.files.push(Content::default());
         state.names.insert(name.into(), file);
         state.log.push(Op::Create { name: name.into(), file });
-        Ok(Arc::new(Handle { folder: self.clone(), file }))
+        state.lock(file, Sharing::Alone)?;
+        let process = state.process;
+        Ok(Arc::new(Handle { folder: self.clone(), file, process, is_shared: AtomicBool::new(false) }))
     }
 
-    fn open(&self, name: &str, _: Sharing) -> io::Result<Arc<dyn Medium>> {
-        match self.state().names.get(name) {
-            Some(file) => Ok(Arc::new(Handle { folder: self.clone(), file: *file })),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
+    fn open(&self, name: &str, sharing: Sharing) -> io::Result<Arc<dyn Medium>> {
+        let mut state = self.state();
+        let file = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        state.lock(file, sharing)?;
+        let (process, is_shared) = (state.process, AtomicBool::new(sharing == Sharing::Readers));
+        Ok(Arc::new(Handle { folder: self.clone(), file, process, is_shared }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -271,6 +322,10 @@ impl Medium for Handle {
     }
 
     fn share(&self) -> io::Result<()> {
+        let mut state = self.folder.state();
+        if state.process == self.process && !self.is_shared.swap(true, Ordering::Relaxed) {
+            state.locks.insert(self.file, Held::By(1));
+        }
         Ok(())
     }
 }
