@@ -106,6 +106,14 @@ fn tables_that_lead_astray_are_refused() {
     assert!(!scratch.path("out.raw").exists() && scratch.parts() == 0, "a failed copy leaves nothing");
     // Outside: an error, and not a panic.
     assert!(matches!(image.read(ByteOffset::new(MIB), &mut [0; 1]), Err(SpaceError::Geometry(_))));
+    // A table that is cut off: its clusters would read as never written.
+    let mut bad = good.clone();
+    let cluster = bad.len().next_multiple_of(1 << 16);
+    bad.resize(cluster, 0);
+    bad[l1..l1 + 8].copy_from_slice(&(cluster as u64 | (1 << 63)).to_be_bytes());
+    bad.extend_from_within(l2..l2 + 4);
+    let rule = refused(&scratch, &bad, Format::Qcow2, &ImportPolicy::default());
+    assert!(matches!(rule, Rule::Table { table: "L2 table", .. }), "{rule:?}");
 }
 
 /// The classic attack: a guest that has a raw disk writes a qcow2 header to its front, which names a file of the host.
@@ -283,6 +291,13 @@ fn sparse_vmdk_that_cannot_be_is_refused_by_its_rule() {
     assert!(malformed(&with(73, b"\n \n\n")), "sent as text");
     let limit = ImportPolicy { virtual_size: ByteSize::kib(512), ..ImportPolicy::default() };
     assert!(matches!(refused(&scratch, &good, Format::Vmdk, &limit), Rule::VirtualSize { .. }));
+    // A file of holes, whose directory of 64 GiB would have to be held in memory.
+    std::fs::write(scratch.path("holes"), changed(12, &(1u64 << 50).to_le_bytes())).expect("room");
+    let holes = std::fs::OpenOptions::new().write(true).open(scratch.path("holes")).expect("written");
+    holes.set_len(128 << 30).expect("holes take no room");
+    let error =
+        ImportedImage::open(scratch.path("holes"), Format::Vmdk, &ImportPolicy::default()).expect_err("no disk");
+    assert!(matches!(error.rule(), Some(Rule::VirtualSize { .. })), "{error}");
     let text = String::from_utf8_lossy(&good[512..1024]).into_owned();
     let parent = 512 + text.find("parentCID=ffff").expect("ours has it") + "parentCID=".len();
     assert!(matches!(with(parent, b"12345678"), Rule::Unsupported(_)), "a delta link");

@@ -102,6 +102,26 @@ fn larger_pages_come_back() {
     assert!(matches!(refused, Err(SavedError::Space(SpaceError::PageSize { .. }))));
 }
 
+/// What was saved is told apart in pages of 4 KiB; RAM over it has larger ones, each of which may hold many of those.
+#[test]
+fn larger_pages_over_a_saved_vm_are_saved_again() {
+    let temp = Temp::new("large-pages-again");
+    let store = open(&temp);
+    let size = PageSize::new(ByteSize::kib(64)).unwrap();
+    let machine = Machine::<common::AnyHeap>::new(&store, size, vec![1]);
+    // Every other page of 4 KiB, so that one of 64 KiB has data, then none, then data.
+    for at in (0..10 * size.bytes().get()).step_by(2 * PAGE as usize) {
+        machine.vm.ram().store(GuestAddress::new(at), at | 1).unwrap();
+    }
+    let mut machine = machine;
+    let point = machine.fork();
+    save(&point, &store, "large");
+    let again: ForkPoint<common::AnyHeap> = load(&store, "large", Reading::OnDemand);
+    assert_eq!(flat(&again).unwrap(), flat(&point).unwrap());
+    save(&again, &store, "again");
+    assert_eq!(flat(&load::<common::AnyHeap>(&store, "again", Reading::Now)).unwrap(), flat(&point).unwrap());
+}
+
 /// One backing's fork point comes back on another.
 #[cfg(target_os = "linux")]
 #[test]
@@ -177,6 +197,39 @@ fn what_is_given_up_leaves_nothing() {
     let other = open(&elsewhere);
     let given_up = SavedError::from(store.copy_saved(&name("one"), &other, &name("one"), &threads, &job).unwrap_err());
     assert!(is_cancelled(&given_up) && other.list_saved().unwrap().is_empty(), "{given_up}");
+}
+
+/// A report may use the store, also while somebody repairs it: neither waits for the save, and nothing that is made goes.
+#[test]
+fn a_report_uses_the_store_while_it_is_repaired() {
+    let temp = Temp::new("report");
+    let store = open(&temp);
+    let mut machine = Machine::<Heap>::small(vec![1]);
+    machine.mess(&mut Dice::new(12));
+    let point = machine.fork();
+    std::thread::scope(|scope| {
+        let once = std::sync::Once::new();
+        let report = |_: Progress| {
+            once.call_once(|| {
+                let (begun, begins) = std::sync::mpsc::channel();
+                let store = &store;
+                scope.spawn(move || {
+                    begun.send(()).unwrap();
+                    store.repair().unwrap();
+                });
+                begins.recv().unwrap();
+                // Many, so that the repair runs beside one of them.
+                for n in 0..50 {
+                    let name = name(&format!("made meanwhile {n}"));
+                    store.create_empty(&name, ByteSize::new(PAGE)).unwrap();
+                    store.grow(&name, ByteSize::new(2 * PAGE)).unwrap();
+                }
+            });
+        };
+        point.save(&store, &name("one"), &threads(2), &Job::new().report(&report)).unwrap();
+    });
+    assert_eq!(store.list().unwrap().len(), 50);
+    assert_eq!(flat(&load::<Heap>(&store, "one", Reading::Now)).unwrap(), flat(&point).unwrap());
 }
 
 fn is_cancelled(error: &SavedError) -> bool {
@@ -421,6 +474,7 @@ fn a_flipped_bit_in_a_manifest_is_found() {
             assert!(refused.to_string().contains(&file), "byte {at}: {refused}");
             assert_eq!(store.list_saved().unwrap()[0].health, Health::Damaged);
             assert!(matches!(&problems(&store)[..], [Problem::File { .. }]));
+            assert_eq!(store.space().unwrap().len(), 1, "what the files take is known all the same");
             recorder.flip(&file, ByteOffset::new(at as u64), 3);
         }
     }

@@ -167,8 +167,7 @@ fn qcow2(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<(Layer, Bel
 fn vmdk(path: &Path, file: File, opener: &mut Opener<'_>) -> Result<Layer, FormatError> {
     let io = |error| FormatError::io(path, error);
     if is_sparse(path, &file)? {
-        let image = SparseVmdk::open(path, file)?;
-        opener.policy.check_size(path, image.len())?;
+        let image = SparseVmdk::open(path, file, opener.policy)?;
         return Ok(Layer { path: path.to_owned(), len: image.len(), content: Content::Sparse(image) });
     }
     let len = file.metadata().map_err(io)?.len();

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::{Format, FormatError, Rule};
+use super::{Format, FormatError, ImportPolicy, Rule};
 use crate::page::{ByteSize, SECTOR_SIZE};
 
 pub(super) const MAGIC: [u8; 4] = *b"KDMV";
@@ -69,7 +69,7 @@ pub(super) fn is_sparse(path: &Path, file: &File) -> Result<bool, FormatError> {
 }
 
 impl SparseVmdk {
-    pub(super) fn open(path: &Path, file: File) -> Result<Self, FormatError> {
+    pub(super) fn open(path: &Path, file: File, policy: &ImportPolicy) -> Result<Self, FormatError> {
         let io = |error| FormatError::io(path, error);
         let file_len = file.metadata().map_err(io)?.len();
         if file_len < SECTOR_SIZE {
@@ -78,6 +78,8 @@ impl SparseVmdk {
         let mut header = [0; SECTOR_SIZE as usize];
         file.read_exact_at(&mut header, 0).map_err(io)?;
         let shape = Shape::read(&header, file_len).map_err(|rule| FormatError::refused(path, rule))?;
+        // Before its directory is read: in a file of holes, that may be as long as it likes.
+        policy.check_size(path, ByteSize::new(shape.len))?;
         let mut descriptor = vec![0; shape.descriptor_len as usize];
         file.read_exact_at(&mut descriptor, shape.descriptor_at).map_err(io)?;
         check_descriptor(&descriptor).map_err(|rule| FormatError::refused(path, rule))?;

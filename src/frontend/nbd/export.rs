@@ -7,10 +7,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::gate::{Drained, Gate};
-use crate::disk::{Access, Disk, DiskError, DiskImage};
+use crate::disk::{Access, AnySealed, Disk, DiskError, DiskImage};
 use crate::error::SpaceError;
 use crate::page::{PageRange, PageSet, SectorCount};
 
@@ -67,20 +67,46 @@ pub struct Export {
     access: Access,
     description: Arc<str>,
     gate: Arc<Gate>,
-    /// Pages that count as dirty whatever the disk says.
-    older: PageSet,
+    /// What counts as dirty whatever the disk says.
+    older: Option<Mutex<Older>>,
+}
+
+/// The pages in which a fork point of the disk may differ from an older one.
+#[derive(Debug)]
+struct Older {
+    pages: PageSet,
+    /// That fork point. The disk may have been forked since.
+    upto: Arc<dyn AnySealed>,
+}
+
+impl Older {
+    /// Goes on to the disk's last fork point.
+    fn catch_up(&mut self, disk: &Disk) -> Result<(), SpaceError> {
+        let origin = disk.space().origin();
+        if origin.same(&*self.upto) {
+            return Ok(());
+        }
+        let since = match origin.diff(&*self.upto) {
+            // The disk was put over something else, a flattened image say: any page may differ.
+            Err(SpaceError::Unrelated(_)) => origin.geometry().all().into(),
+            since => since?,
+        };
+        *self = Self { pages: self.pages.union(&since), upto: origin };
+        Ok(())
+    }
 }
 
 impl Export {
     /// Offers `disk` with the access it has.
     pub fn new(disk: Arc<Disk>) -> Self {
         let access = disk.access();
-        Self { access, disk, description: "".into(), gate: Arc::default(), older: PageSet::new() }
+        Self { access, disk, description: "".into(), gate: Arc::default(), older: None }
     }
 
     /// The same, with the dirty bitmap ([`DIRTY_BITMAP`](super::DIRTY_BITMAP)) counting from `image` instead of from the disk's last fork point: the
     /// pages in which that fork point may differ from `image`, and those written since. What an incremental backup of a running VM needs: who has a
-    /// copy of `image` copies the dirty blocks of a clone of the next fork point. Costs a diff, once.
+    /// copy of `image` copies the dirty blocks of a clone of the next fork point. A later fork of the disk takes none of them away; put over other layers, all that was moved counts. Costs a diff, and another
+    /// after each such fork.
     ///
     /// ```
     /// use offshoot::{CloneSpec, Tree, Vm, VmName, DiskName, backing::Heap, disk::{Access, Disk}, frontend::nbd::Export, page::*, ram::RamLayout};
@@ -103,8 +129,9 @@ impl Export {
     /// # Errors
     /// [`SpaceError::Unrelated`] unless both come from one disk.
     pub fn since(self, image: &DiskImage) -> Result<Self, SpaceError> {
-        let older = self.disk.space().origin().diff(image.image())?;
-        Ok(Self { older, ..self })
+        let upto = self.disk.space().origin();
+        let older = Older { pages: upto.diff(image.image())?, upto };
+        Ok(Self { older: Some(Mutex::new(older)), ..self })
     }
 
     /// The same, for reading only, whatever the disk allows.
@@ -150,7 +177,12 @@ impl Export {
 
     /// The dirty pages among those of `range`.
     pub(super) fn dirty_in(&self, range: PageRange) -> Result<PageSet, DiskError> {
-        Ok(self.disk.dirty_in(range)?.union(&self.older.within(range)))
+        // The disk is asked first: what a fork takes from its answer meanwhile is in the other.
+        let dirty = self.disk.dirty_in(range)?;
+        let Some(older) = &self.older else { return Ok(dirty) };
+        let mut older = older.lock();
+        older.catch_up(&self.disk)?;
+        Ok(dirty.union(&older.pages.within(range)))
     }
 
     pub(super) fn gate(&self) -> &Gate {
@@ -243,5 +275,47 @@ impl Exports {
         self.0.closing.store(true, Ordering::Release);
         by_name.values().for_each(|export| export.gate.close());
         by_name.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::Heap;
+    use crate::disk::Access;
+    use crate::page::{ByteSize, Lba, PageIndex, PageSize};
+    use crate::ram::RamLayout;
+    use crate::testing::ScriptedGuest;
+    use crate::vm::{CloneSpec, DiskName, Vm, VmName};
+
+    #[test]
+    fn a_fork_of_the_exported_disk_leaves_older_writes_dirty() {
+        let tree = crate::Tree::default();
+        let disk = Disk::blank(&tree, SectorCount::new(64), Access::ReadWrite).expect("room");
+        let layout = RamLayout::flat(ByteSize::kib(4), PageSize::KIB_4).expect("a page");
+        let disks = vec![(DiskName::new("d"), disk)];
+        let vm: Vm<Heap> = Vm::new(&tree, VmName::new("vm").expect("a name"), layout, disks).expect("room");
+        let mut guest = ScriptedGuest::running(1);
+        let write = |vm: &Vm<Heap>, page: u64| {
+            vm.disk("d").expect("there").write(Lba::new(page * 8), &[7; 4096]).expect("room");
+        };
+        vm.start().expect("new");
+        let monday = vm.fork(&mut guest).expect("room");
+        write(&vm, 1);
+        let tuesday = vm.fork(&mut guest).expect("room").spawn(CloneSpec::default()).expect("room");
+        tuesday.start().expect("new");
+        let disk = tuesday.disk("d").expect("there").clone();
+        let [plain, since] = [0, 1].map(|_| Export::new(disk.clone()));
+        let since = since.since(monday.disk("d").expect("there")).expect("relatives");
+        write(&tuesday, 2);
+        let all = PageRange::from_bounds(PageIndex::ZERO, PageIndex::new(8));
+        let dirty = |export: &Export| -> Vec<u64> {
+            export.dirty_in(all).expect("on the heap").pages().map(PageIndex::get).collect()
+        };
+        assert_eq!((dirty(&plain), dirty(&since)), (vec![2], vec![1, 2]));
+        tuesday.fork(&mut guest).expect("room");
+        assert_eq!((dirty(&plain), dirty(&since)), (vec![], vec![1, 2]));
+        write(&tuesday, 3);
+        assert_eq!((dirty(&plain), dirty(&since)), (vec![3], vec![1, 2, 3]));
     }
 }

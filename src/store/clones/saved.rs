@@ -148,7 +148,7 @@ impl CloneStore {
 
     fn manifest(&self, record: &SavedRecord) -> Result<Manifest, StoreError> {
         let most = self.tree().limits().device_state;
-        let (manifest, _) = saved::open(self.folder(), record.id, most)?;
+        let manifest = saved::open(self.folder(), record.id, most)?;
         if !manifest.layers().eq(record.tops.iter().copied()) {
             let (file, what) = (saved::file_name(record.id), "it names other layers than the catalogue does");
             return Err(StoreError::Chain { file, what });
@@ -157,10 +157,9 @@ impl CloneStore {
     }
 
     pub(super) fn manifest_size(&self, record: &SavedRecord) -> Result<ByteSize, CloneError> {
-        match saved::open(self.folder(), record.id, self.tree().limits().device_state) {
-            Ok((_, size)) => Ok(size),
+        match saved::allocated(self.folder(), record.id) {
             Err(StoreError::Missing { .. }) => Ok(ByteSize::ZERO),
-            Err(error) => Err(error.into()),
+            size => Ok(size?),
         }
     }
 

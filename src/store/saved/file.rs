@@ -36,12 +36,15 @@ pub(in super::super) fn write(folder: &dyn Folder, manifest: &Manifest) -> Resul
     folder.sync().map_err(|error| file::error(&name, "sync of its name", error))
 }
 
-/// Reads a manifest with at most so much device state, and says what its file takes.
-pub(in super::super) fn open(
-    folder: &dyn Folder,
-    id: SavedId,
-    most_state: ByteSize,
-) -> Result<(Manifest, ByteSize), StoreError> {
+/// What a manifest's file takes, whatever it says.
+pub(in super::super) fn allocated(folder: &dyn Folder, id: SavedId) -> Result<ByteSize, StoreError> {
+    let name = file_name(id);
+    let medium = folder.open(&name, Sharing::Readers).map_err(|error| file::error(&name, "open", error))?;
+    NamedFile::new(name, medium).allocated()
+}
+
+/// Reads a manifest with at most so much device state.
+pub(in super::super) fn open(folder: &dyn Folder, id: SavedId, most_state: ByteSize) -> Result<Manifest, StoreError> {
     let name = file_name(id);
     let medium = folder.open(&name, Sharing::Readers).map_err(|error| file::error(&name, "open", error))?;
     let file = NamedFile::new(name.clone(), medium);
@@ -65,5 +68,5 @@ pub(in super::super) fn open(
     }
     let mut rest = vec![0; (len - BLOCK_LEN) as usize];
     file.read(BLOCK_LEN, &mut rest)?;
-    Ok((header.decode(&rest)?, file.allocated()?))
+    header.decode(&rest)
 }

@@ -8,7 +8,7 @@ mod decode;
 mod file;
 
 #[cfg(feature = "store")]
-pub(super) use file::{file_name, open, write};
+pub(super) use file::{allocated, file_name, open, write};
 
 use std::sync::Arc;
 
