@@ -55,8 +55,9 @@ pub fn qemu_is_here() -> bool {
     }
 }
 
+/// The guest uses one processor. With two QEMU's translator keeps the barriers between the guest and its devices' thread.
 pub fn spec() -> QemuSpec {
-    QemuSpec::new(ByteSize::mib(32))
+    QemuSpec { cpus: 2, ..QemuSpec::new(ByteSize::mib(32)) }
 }
 
 pub fn parent(tree: &Tree, spec: QemuSpec) -> Result<QemuVm, QemuError> {
