@@ -145,6 +145,68 @@ fn any_call_of_ours_may_fail_in_a_fork() {
     assert_eq!(scratch.entries(), Vec::<String>::new());
 }
 
+/// QEMU does not save a guest twice that has not run in between: it must be forked all the same, and not be moved by what failed.
+#[test]
+fn a_fork_of_a_guest_that_stands_still_can_be_tried_again() {
+    if !qemu_is_here() {
+        return;
+    }
+    let tree = Tree::default();
+    let standing = || {
+        let vm = running_with(&tree, spec());
+        vm.stop().unwrap();
+        let at = count(&vm);
+        (vm, at)
+    };
+    let ((mut vm, mut at), mut failed) = (standing(), 0);
+    for n in 1.. {
+        let pid = vm.pid().unwrap();
+        let plan = fail_nth_call(n, Refusal::Io);
+        let forked = vm.fork(AfterFork::Continue);
+        let seen = plan.calls_seen();
+        drop(plan);
+        match forked {
+            Err(_) => {
+                assert_eq!((vm.pid().unwrap(), vm.vm().status(), count(&vm)), (pid, VmStatus::Paused, at));
+                failed += 1;
+            }
+            Ok(point) => {
+                assert_eq!(check_point(&point), at);
+                check_clone(&point.spawn(paused()).unwrap(), at);
+                if seen < n {
+                    break;
+                }
+                (vm, at) = standing();
+            }
+        }
+    }
+    assert!(failed > 3, "{failed}");
+    vm.cont().unwrap();
+    reaches(&vm, at + 50);
+}
+
+#[test]
+fn a_path_for_the_agent_that_cannot_be_made_costs_no_fork() {
+    if !qemu_is_here() {
+        return;
+    }
+    let tree = Tree::default();
+    let mut vm = running(&tree);
+    let pid = vm.pid().unwrap();
+    let in_the_way = vm.agent_socket().with_file_name("agent.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let refused = vm.fork(AfterFork::Continue).unwrap_err();
+    assert!(refused.to_string().contains("agent"), "{refused}");
+    assert_runs_on(&vm, pid);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    // After the cut it is too late to say that there was no fork.
+    std::fs::remove_file(vm.agent_socket()).unwrap();
+    std::fs::create_dir(vm.agent_socket()).unwrap();
+    let point = vm.fork(AfterFork::Continue).unwrap();
+    check_clone(&point.spawn(paused()).unwrap(), check_point(&point));
+    reaches(&vm, count(&vm) + 50);
+}
+
 #[test]
 fn a_state_that_the_successor_refuses_leaves_the_parent_running() {
     if !qemu_is_here() {
@@ -232,6 +294,12 @@ fn a_copy_of_a_disk_that_is_under_way_keeps_a_guest_from_being_forked() {
     vm.qmp("blockdev-mirror", mirror).unwrap();
     let refused = vm.fork(AfterFork::Continue).unwrap_err();
     assert!(refused.to_string().contains("`mirror`"), "{refused}");
+    assert_runs_on(&vm, pid);
+    // Nor does it matter whether the guest runs: the copy goes on.
+    vm.stop().unwrap();
+    let refused = vm.fork(AfterFork::Continue).unwrap_err();
+    assert!(refused.to_string().contains("`mirror`"), "{refused}");
+    vm.cont().unwrap();
     assert_runs_on(&vm, pid);
     vm.qmp("job-cancel", json!({ "id": "mirror" })).unwrap();
     while vm.qmp("query-jobs", json!({})).unwrap() != json!([]) {

@@ -104,6 +104,40 @@ fn a_guest_that_stands_still_is_forked_where_it_stands() {
     assert!(matches!(clone.fork(AfterFork::Continue), Err(QemuError::NoProcess(_))));
 }
 
+/// What a fork of a clone takes from the first state, firmware and tables, is what it has after a reboot too.
+#[test]
+fn a_clone_that_has_rebooted_is_forked() {
+    if !qemu_is_here() {
+        return;
+    }
+    let tree = Tree::default();
+    let mut vm = running(&tree);
+    reaches(&vm, 300);
+    let point = vm.fork(AfterFork::Freeze).unwrap();
+    let mut clone = point.spawn(QemuClone::default()).unwrap();
+    reaches(&clone, 400);
+    clone.qmp("system_reset", json!({})).unwrap();
+    let begun = std::time::Instant::now();
+    while count(&clone) >= 300 {
+        assert!(begun.elapsed() < LONG, "the guest has not rebooted");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    // By then each of the pages has a count of this boot.
+    reaches(&clone, 130);
+    let again = clone.fork(AfterFork::Continue).unwrap();
+    let mut second = again.spawn(paused()).unwrap();
+    check_clone(&second, check_point(&again));
+    // And a fork of that, rebooted once more.
+    second.cont().unwrap();
+    second.qmp("system_reset", json!({})).unwrap();
+    reaches(&second, 300);
+    let third = second.fork(AfterFork::Freeze).unwrap();
+    let last = third.spawn(paused()).unwrap();
+    check_clone(&last, check_point(&third));
+    last.cont().unwrap();
+    reaches(&last, count(&last) + 50);
+}
+
 /// The memory file that a clone maps can be written by nobody any more.
 fn assert_sealed(clone: &QemuVm) {
     let fds = std::fs::read_dir(format!("/proc/{}/fd", clone.pid().unwrap())).unwrap();

@@ -10,4 +10,5 @@ mod guest_image;
 mod identity;
 mod image;
 mod prep;
+mod standing;
 mod workload;

@@ -110,7 +110,7 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError`]. After a timeout the client can be used again: a late reply is passed over.
     pub fn ask(&mut self, words: &[&str], patience: Duration) -> Result<String, AgentError> {
-        let end = Instant::now() + patience;
+        let end = later(Instant::now(), patience);
         let command = words.join(" ");
         self.asked += 1;
         let id = format!("{}-{}", self.mark, self.asked);
@@ -163,6 +163,11 @@ impl AgentClient {
             }
         }
     }
+}
+
+/// So much later, or a time that nobody lives to see where the clock cannot express it.
+pub(super) fn later(than: Instant, by: Duration) -> Instant {
+    than.checked_add(by).unwrap_or(than + Duration::from_secs(1 << 32))
 }
 
 /// Until then; the least that a socket takes if that is past.
@@ -253,6 +258,13 @@ mod tests {
         let replies = format!("{0}-1 0 late\n{0}-2 0 in time\n", client.mark);
         theirs.write_all(replies.as_bytes()).unwrap();
         assert_eq!(client.ask(&["x"], LONG).unwrap(), "in time");
+    }
+
+    #[test]
+    fn a_patience_without_an_end_is_one() {
+        let (mut client, mut theirs) = pair();
+        theirs.write_all(format!("{}-1 0 here\n", client.mark).as_bytes()).unwrap();
+        assert_eq!(client.ask(&["x"], Duration::MAX).unwrap(), "here");
     }
 
     #[test]

@@ -84,6 +84,8 @@ impl<'a> Forking<'a> {
         let mut clock = Instant::now();
         let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed();
         let process = self.process.as_ref().ok_or(GONE)?;
+        // Here and not in the pause, which a guest that stands still already does not have.
+        process.check_jobs()?;
         match process.view() {
             MemoryView::Shared => {
                 let state = process.save(limit)?;
@@ -112,7 +114,6 @@ impl Guest for Forking<'_> {
     fn pause(&mut self) -> Result<(), BoxError> {
         let clock = Instant::now();
         let process = self.process()?;
-        process.check_jobs()?;
         if let Err(error) = process.stop() {
             // It may have stopped all the same, with its answer late: it is to run on.
             if let Err(error) = process.run() {

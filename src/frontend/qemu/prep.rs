@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::agent::{AgentClient, AgentError};
+use super::agent::{AgentClient, AgentError, later};
 use super::{AtBirth, LinkState, QemuClone, QemuError, QemuPoint, QemuVm};
 use crate::{BoxError, Identity};
 
@@ -80,7 +80,7 @@ impl QemuPoint {
         let spawned = Instant::now();
         let vm = self.spawn(QemuClone { link: LinkState::Down, ..clone })?;
         let agent = AgentClient::connect(&vm.agent_socket())?;
-        let mut prep = Prep { clone: &vm, agent, spawned, end: spawned + patience };
+        let mut prep = Prep { clone: &vm, agent, spawned, end: later(spawned, patience) };
         let customized = customize(&mut prep);
         let over = Instant::now() >= prep.end;
         match customized {

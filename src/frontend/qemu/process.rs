@@ -40,6 +40,8 @@ pub(super) struct Qemu {
     file: MappedFile,
     ram: ByteSize,
     deadlines: Deadlines,
+    /// What it saved since it ran last: QEMU does not save a guest twice that has not run in between.
+    saved: Mutex<Option<Vec<u8>>>,
     /// Last: it is removed when the process has ended.
     place: Directory,
 }
@@ -112,7 +114,8 @@ impl Qemu {
     ) -> Result<Self, QemuError> {
         let version = QemuVersion::of_greeting(&greeting)?;
         let (ram, deadlines) = (spec.ram, spec.deadlines);
-        let qemu = Self { child, qmp: Mutex::new(qmp), version, view, file, ram, deadlines, place };
+        let qemu =
+            Self { child, qmp: Mutex::new(qmp), version, view, file, ram, deadlines, saved: Mutex::default(), place };
         qemu.prepare()?;
         Ok(qemu)
     }
@@ -167,6 +170,8 @@ impl Qemu {
     }
 
     pub(super) fn run(&self) -> Result<(), QemuError> {
+        // Whatever comes of it: the guest may run.
+        *self.saved.lock() = None;
         self.tell("run", "cont", json!({})).map(drop)
     }
 
@@ -184,13 +189,21 @@ impl Qemu {
         }
     }
 
-    /// The state of a guest that stands still, all but the shared memory file. It cannot run on until [`run`](Self::run).
+    /// The state of a guest that stands still, all but the shared memory file. Asked again before the guest has run, it is the same.
     pub(super) fn save(&self, limit: ByteSize) -> Result<Vec<u8>, QemuError> {
-        let saved = self.migrate_out(limit);
-        if saved.is_err() {
-            self.cancel();
+        if let Some(saved) = &*self.saved.lock() {
+            return within(saved.clone(), limit);
         }
-        saved
+        match self.migrate_out(limit) {
+            Ok(saved) => {
+                *self.saved.lock() = Some(saved.clone());
+                Ok(saved)
+            }
+            Err(error) => {
+                self.cancel();
+                Err(error)
+            }
+        }
     }
 
     /// Ends a migration that failed here, so that the guest can run on. Whoever calls has an error already.

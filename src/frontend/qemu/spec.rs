@@ -134,14 +134,21 @@ impl QemuSpec {
     /// # Errors
     /// [`QemuError::Unsupported`] with the reason, [`QemuError::Layout`].
     pub fn check(&self) -> Result<(), QemuError> {
-        for argument in &self.extra {
+        let netdev = match &self.nic {
+            Nic::Netdev(netdev) => Some(netdev),
+            Nic::None | Nic::User => None,
+        };
+        for argument in self.extra.iter().chain(netdev) {
             if let Some((_, why)) = REFUSED.iter().find(|(name, _)| names(argument, name)) {
                 return Err(QemuError::Unsupported(format!("`{argument}`: {why}")));
             }
         }
         let has_nul = |text: &str| text.contains('\0');
         let kernel_nul = self.kernel.as_ref().is_some_and(|kernel| has_nul(&kernel.command_line));
-        if kernel_nul || self.extra.iter().any(|text| has_nul(text)) || self.cpu.as_deref().is_some_and(has_nul) {
+        if kernel_nul
+            || self.extra.iter().chain(netdev).any(|text| has_nul(text))
+            || self.cpu.as_deref().is_some_and(has_nul)
+        {
             return Err(QemuError::Unsupported("an argument has a NUL in it".into()));
         }
         self.layout().map(drop)
@@ -185,7 +192,16 @@ const REFUSED: &[(&str, &str)] = &[
     ("-blockdev", "disks are those given to the engine; one of QEMU's own would not be cut"),
     ("-hda", "disks are those given to the engine; one of QEMU's own would not be cut"),
     ("-hdb", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-hdc", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-hdd", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-cdrom", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-fda", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-fdb", "disks are those given to the engine; one of QEMU's own would not be cut"),
     ("-sd", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-mtdblock", "disks are those given to the engine; one of QEMU's own would not be cut"),
+    ("-virtfs", "files of the host's that the guest writes would not be cut: use a disk of the VM's"),
+    ("-fsdev", "files of the host's that the guest writes would not be cut: use a disk of the VM's"),
+    ("-readconfig", "what is in a file is not checked: give the options themselves"),
     ("-pflash", "flash of QEMU's own would not be cut: boot with the built-in firmware"),
     ("-snapshot", "disks are those given to the engine: leave it out"),
     ("-incoming", "it is how clones are loaded: leave it out"),
@@ -222,11 +238,25 @@ mod tests {
             (["-object", "memory-backend-memfd,id=m,size=1G"], "memory file"),
             (["-device", "{\"driver\":\"virtio-balloon-pci\"}"], "balloon"),
             (["--drive", "file=x.img"], "would not be cut"),
+            (["-cdrom", "x.iso"], "would not be cut"),
+            (["-hdd", "x.img"], "would not be cut"),
+            (["-fsdev", "local,id=f,path=x"], "would not be cut"),
+            (["-readconfig", "x"], "not checked"),
             (["-m", "4G"], "QemuSpec::ram"),
         ] {
             let refused = with(&extra).unwrap_err().to_string();
             assert!(refused.contains(why), "{refused}");
         }
+        // The same of what is behind the network card, which comes by another way.
+        let netdev = |netdev: &str| {
+            QemuSpec { nic: Nic::Netdev(netdev.into()), ..QemuSpec::new(ByteSize::mib(64)) }
+                .check()
+                .map_err(|e| e.to_string())
+        };
+        assert!(netdev("tap,ifname=t,vhost=on").unwrap_err().contains("leave vhost off"));
+        assert!(netdev("vhost-user,chardev=c").unwrap_err().contains("private"));
+        assert!(netdev("tap,ifname=a\0b").is_err());
+        netdev("tap,ifname=t-{mac},script=no").unwrap();
         with(&["-device", "virtio-rng-pci", "-msg", "timestamp=on"]).unwrap();
         assert!(with(&["a\0b"]).is_err());
     }

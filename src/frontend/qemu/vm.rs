@@ -101,10 +101,22 @@ impl QemuVm {
     }
 
     /// Has the path of the agent's socket lead to the process that there is now.
-    pub(super) fn publish_agent(&self) -> Result<(), QemuError> {
+    fn publish_agent(&self) -> Result<(), QemuError> {
+        self.prepare_agent(self.process()?)?;
+        self.switch_agent()
+    }
+
+    /// Makes the path to a process's agent, beside the one that is used. All of this that can fail for want of room.
+    fn prepare_agent(&self, process: &Qemu) -> Result<(), QemuError> {
+        let fresh = self.home.join("agent.new");
+        // One that was prepared for a fork which then failed.
+        let _none = fs::remove_file(&fresh);
+        symlink(process.agent(), &fresh).map_err(QemuError::files("the agent's socket"))
+    }
+
+    fn switch_agent(&self) -> Result<(), QemuError> {
         let (link, fresh) = (self.home.join("agent"), self.home.join("agent.new"));
-        let linked = symlink(self.process()?.agent(), &fresh).and_then(|()| fs::rename(&fresh, &link));
-        linked.map_err(QemuError::files("the agent's socket"))
+        fs::rename(&fresh, &link).map_err(QemuError::files("the agent's socket"))
     }
 
     pub(super) fn process(&self) -> Result<&Qemu, QemuError> {
@@ -211,11 +223,14 @@ impl QemuVm {
     ///
     /// # Errors
     /// [`QemuError`]. The guest runs on as it was, and nothing is left behind; after [`ForkError::Resume`] there was a fork, which is
-    /// [`Vm::origin`], and no process: [`revive`](Self::revive) starts one.
+    /// [`Vm::origin`], and no process: [`revive`](Self::revive) starts one. A first parent that is paused, and whose fork failed in QEMU's saving,
+    /// may have to run before it can be forked.
     pub fn fork(&mut self, after: AfterFork) -> Result<QemuPoint, QemuError> {
         let begun = Instant::now();
         let first = self.process()?.view() == MemoryView::Shared;
         let successor = if first && after == AfterFork::Continue { Some(self.successor()?) } else { None };
+        // Before the fork, which a failure here must not take back.
+        successor.as_ref().map_or(Ok(()), |successor| self.prepare_agent(successor))?;
         let ahead = if successor.is_some() { begun.elapsed() } else { Duration::ZERO };
         let mut guest = Forking::new(&self.vm, &self.exports, &mut self.process, successor, after);
         let forked = match after {
@@ -230,8 +245,11 @@ impl QemuVm {
             self.process = None;
         }
         let point = forked?;
-        if after == AfterFork::Continue && first {
-            self.publish_agent()?;
+        if after == AfterFork::Continue
+            && first
+            && let Err(error) = self.switch_agent()
+        {
+            tracing::error!(%error, "the guest was forked, and its agent's socket has no path any more");
         }
         timings.engine = point.timings();
         Ok(QemuPoint::new(point, self.exports.family().clone(), self.spec.clone(), timings))
