@@ -250,6 +250,26 @@ fn a_directory_without_its_catalogue_is_not_made_a_new_store() {
     assert!(matches!(error, CloneError::Catalogue { .. }), "{error}");
 }
 
+/// The database asserts that its file is as long as it says: damage that passes its checksums is an error here, and the file is let go of.
+#[test]
+fn a_catalogue_that_its_database_gives_up_on_is_an_error() {
+    let temp = Temp::new("gives-up");
+    let store = open(&temp);
+    store.create_image(&name("golden"), &ByteSource::new(vec![1; PAGE]), &Job::new()).unwrap();
+    drop(store);
+    let file = temp.path().join("catalogue.redb");
+    let whole = std::fs::read(&file).unwrap();
+    let mut wrong = whole.clone();
+    wrong[0x17..0x1d].copy_from_slice(&[0, 0xa3, 0, 0, 0, 0]);
+    std::fs::write(&file, wrong).unwrap();
+    for _ in 0..2 {
+        let error = CloneStore::open(temp.path(), StoreOptions::default()).expect_err("it says what cannot be");
+        assert!(matches!(error, CloneError::Catalogue { .. }), "{error}");
+    }
+    std::fs::write(&file, whole).unwrap();
+    assert_eq!(open(&temp).list().unwrap().len(), 1);
+}
+
 #[test]
 fn many_threads_on_one_store() {
     let temp = Temp::new("threads");

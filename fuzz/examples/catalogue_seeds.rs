@@ -21,11 +21,12 @@ fn main() -> std::io::Result<()> {
     );
     // Offsets within the row of a clone: kind 0, disk 1, generation 17, top 33, origin 49, pages 65, the origin's 73.
     let all = [0xff; 8];
-    let seeds: [(&str, Vec<u8>); 16] = [
+    let seeds: [(&str, Vec<u8>); 17] = [
         ("untouched", bytes(&[])),
         ("magic", bytes(&[patch(0, b"bder")])),
         ("header", bytes(&[patch(64, &[0xff; 64])])),
         ("tree", bytes(&[patch(4096, &[0xff; 32]), patch(8192, &[1; 16])])),
+        ("larger-than-its-file", bytes(&[patch(0x17, &[0, 0xa3, 0, 0, 0, 0])])),
         ("kind", rows(&[row(0, 0, &[0, 9])])),
         ("another-head", rows(&[row(0, 2, &[&[1][..], &[7; 16]].concat())])),
         ("no-top", rows(&[row(0, 1, &[&[33][..], &[0; 16]].concat())])),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use offshoot::SpaceError;
 use offshoot::backing::{Backing, Cut, Sealed};
@@ -98,9 +98,15 @@ pub fn of_world(world: &World) -> BTreeMap<CloneName, (Kind, Vec<u8>)> {
     world.iter().map(|(name, flat)| (name.clone(), (flat.kind, flat.now.clone()))).collect()
 }
 
+/// A pool of the calling thread alone: states are checked by the hundred thousand, and a change of threads for each layer of each would be most of it.
 pub fn threads() -> &'static rayon::ThreadPool {
-    static POOL: OnceLock<rayon::ThreadPool> = OnceLock::new();
-    POOL.get_or_init(|| rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread"))
+    thread_local! {
+        static POOL: &'static rayon::ThreadPool = {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread();
+            Box::leak(Box::new(pool.build().expect("a pool")))
+        };
+    }
+    POOL.with(|pool| *pool)
 }
 
 pub fn problems(store: &CloneStore) -> Vec<Problem> {

@@ -10,11 +10,11 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use redb::{Database, ReadableTable, StorageBackend, TableDefinition};
+use redb::{ReadableTable, TableDefinition};
 
+use super::database::{Guarded, damaged, failed};
 use super::error::CloneError;
 use super::record::{CloneName, CloneRecord, LayerRecord, SavedRecord};
-use crate::page::{ByteOffset, ByteSize};
 use crate::store::file;
 use crate::store::id::{DISK, LAYER, LayerId, OVERLAY, PARTIAL, VM};
 use crate::store::medium::{Folder, Medium, Sharing};
@@ -33,12 +33,10 @@ const SAVED: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("saved");
 const VERSION: u64 = 1;
 /// There are saved VMs: who does not know of them would take their layers for nobody's.
 const FEATURE_SAVED: u64 = 1;
-/// Rows are few and small.
-const CACHE_BYTES: usize = 4 << 20;
 
 /// An open catalogue.
 pub(super) struct Catalogue {
-    database: Database,
+    database: Guarded,
     /// Removals that were done: their rows go with the next transaction.
     done: BTreeSet<String>,
 }
@@ -57,42 +55,6 @@ pub(super) struct Change {
     pub(super) layers: Vec<(LayerId, Option<LayerRecord>)>,
     pub(super) saved: Vec<(CloneName, Option<SavedRecord>)>,
     pub(super) removals: Vec<String>,
-}
-
-fn failed(error: impl fmt::Display) -> CloneError {
-    CloneError::Catalogue { what: error.to_string() }
-}
-
-fn damaged(what: &str) -> CloneError {
-    CloneError::Catalogue { what: format!("it is damaged: {what}") }
-}
-
-/// A file of the store, as the database wants it.
-#[derive(Debug)]
-struct Backend(Arc<dyn Medium>);
-
-impl StorageBackend for Backend {
-    fn len(&self) -> io::Result<u64> {
-        self.0.len().map(ByteSize::get)
-    }
-
-    fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; len];
-        self.0.read_at(ByteOffset::new(offset), &mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(ByteSize::new(len))
-    }
-
-    fn sync_data(&self, _eventual: bool) -> io::Result<()> {
-        self.0.sync()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write_at(ByteOffset::new(offset), data)
-    }
 }
 
 /// Whether a name is that of a file that this module's formats are kept in.
@@ -138,18 +100,20 @@ impl Catalogue {
             folder.remove(&name).map_err(|error| told("remove", error))?;
             return Ok(None);
         }
-        let database = database(medium.clone())?;
-        let write = database.begin_write().map_err(failed)?;
-        {
-            let mut meta = write.open_table(META).map_err(failed)?;
-            for (key, value) in [("version", VERSION), ("features", 0), ("features-read-only", 0)] {
-                meta.insert(key, value).map_err(failed)?;
+        let database = Guarded::open(medium)?;
+        database.with(|database| {
+            let write = database.begin_write().map_err(failed)?;
+            {
+                let mut meta = write.open_table(META).map_err(failed)?;
+                for (key, value) in [("version", VERSION), ("features", 0), ("features-read-only", 0)] {
+                    meta.insert(key, value).map_err(failed)?;
+                }
+                write.open_table(CLONES).map_err(failed)?;
+                write.open_table(LAYERS).map_err(failed)?;
+                write.open_table(REMOVALS).map_err(failed)?;
             }
-            write.open_table(CLONES).map_err(failed)?;
-            write.open_table(LAYERS).map_err(failed)?;
-            write.open_table(REMOVALS).map_err(failed)?;
-        }
-        write.commit().map_err(failed)?;
+            write.commit().map_err(failed)
+        })?;
         folder.rename(&name, FILE).map_err(|error| told("rename", error))?;
         folder.sync().map_err(|error| told("sync of its name", error))?;
         Ok(Some(Self { database, done: BTreeSet::new() }))
@@ -158,139 +122,154 @@ impl Catalogue {
     fn over(medium: Arc<dyn Medium>) -> Result<Self, CloneError> {
         // What an earlier holder left behind is made durable before anything is built on it.
         medium.sync().map_err(|error| file::error(&FILE.into(), "sync", error))?;
-        let database = database(medium)?;
-        let catalogue = Self { database, done: BTreeSet::new() };
-        let read = catalogue.database.begin_read().map_err(failed)?;
-        let meta = read.open_table(META).map_err(failed)?;
-        let word = |key| {
-            let value = meta.get(key).map_err(failed)?;
-            value.map(|value| value.value()).ok_or_else(|| damaged("a word of its schema is missing"))
-        };
-        let unknown = (word("features")? & !FEATURE_SAVED) | word("features-read-only")?;
-        let (version, features) = (word("version")?, unknown);
+        let database = Guarded::open(medium)?;
+        let (version, features) = database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let meta = read.open_table(META).map_err(failed)?;
+            let word = |key| {
+                let value = meta.get(key).map_err(failed)?;
+                value.map(|value| value.value()).ok_or_else(|| damaged("a word of its schema is missing"))
+            };
+            Ok((word("version")?, (word("features")? & !FEATURE_SAVED) | word("features-read-only")?))
+        })?;
         if version != VERSION || features != 0 {
             let version = u32::try_from(version).unwrap_or(u32::MAX);
             return Err(CloneError::UnknownCatalogue { version, features });
         }
-        Ok(catalogue)
+        Ok(Self { database, done: BTreeSet::new() })
     }
 
     /// The row of a name.
     pub(super) fn clone(&self, name: &CloneName) -> Result<Option<CloneRecord>, CloneError> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let table = read.open_table(CLONES).map_err(failed)?;
-        let Some(row) = table.get(name.as_str()).map_err(failed)? else { return Ok(None) };
-        CloneRecord::decode(row.value()).map(Some).ok_or_else(|| damaged("the row of a clone"))
+        self.database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let table = read.open_table(CLONES).map_err(failed)?;
+            let Some(row) = table.get(name.as_str()).map_err(failed)? else { return Ok(None) };
+            CloneRecord::decode(row.value()).map(Some).ok_or_else(|| damaged("the row of a clone"))
+        })
     }
 
     /// Every row, by name.
     pub(super) fn clones(&self) -> Result<BTreeMap<CloneName, CloneRecord>, CloneError> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let table = read.open_table(CLONES).map_err(failed)?;
-        let mut rows = BTreeMap::new();
-        for row in table.iter().map_err(failed)? {
-            let (name, record) = row.map_err(failed)?;
-            let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a clone"))?;
-            let record = CloneRecord::decode(record.value()).ok_or_else(|| damaged("the row of a clone"))?;
-            rows.insert(name, record);
-        }
-        Ok(rows)
+        self.database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let table = read.open_table(CLONES).map_err(failed)?;
+            let mut rows = BTreeMap::new();
+            for row in table.iter().map_err(failed)? {
+                let (name, record) = row.map_err(failed)?;
+                let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a clone"))?;
+                let record = CloneRecord::decode(record.value()).ok_or_else(|| damaged("the row of a clone"))?;
+                rows.insert(name, record);
+            }
+            Ok(rows)
+        })
     }
 
     /// The rows of saved VMs, by name.
     pub(super) fn saved(&self) -> Result<BTreeMap<CloneName, SavedRecord>, CloneError> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let table = match read.open_table(SAVED) {
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
-            table => table.map_err(failed)?,
-        };
-        let mut rows = BTreeMap::new();
-        for row in table.iter().map_err(failed)? {
-            let (name, record) = row.map_err(failed)?;
-            let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a saved VM"))?;
-            let record = SavedRecord::decode(record.value()).ok_or_else(|| damaged("the row of a saved VM"))?;
-            rows.insert(name, record);
-        }
-        Ok(rows)
+        self.database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let table = match read.open_table(SAVED) {
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
+                table => table.map_err(failed)?,
+            };
+            let mut rows = BTreeMap::new();
+            for row in table.iter().map_err(failed)? {
+                let (name, record) = row.map_err(failed)?;
+                let name = CloneName::new(name.value()).map_err(|_| damaged("the name of a saved VM"))?;
+                let record = SavedRecord::decode(record.value()).ok_or_else(|| damaged("the row of a saved VM"))?;
+                rows.insert(name, record);
+            }
+            Ok(rows)
+        })
     }
 
     /// The row of a layer.
     pub(super) fn layer(&self, id: LayerId) -> Result<Option<LayerRecord>, CloneError> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let table = read.open_table(LAYERS).map_err(failed)?;
-        let Some(row) = table.get(id.bytes()).map_err(failed)? else { return Ok(None) };
-        LayerRecord::decode(row.value()).map(Some).ok_or_else(|| damaged("the row of a layer"))
+        self.database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let table = read.open_table(LAYERS).map_err(failed)?;
+            let Some(row) = table.get(id.bytes()).map_err(failed)? else { return Ok(None) };
+            LayerRecord::decode(row.value()).map(Some).ok_or_else(|| damaged("the row of a layer"))
+        })
     }
 
     /// Every layer.
     pub(super) fn layers(&self) -> Result<BTreeMap<LayerId, LayerRecord>, CloneError> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let table = read.open_table(LAYERS).map_err(failed)?;
-        let mut rows = BTreeMap::new();
-        for row in table.iter().map_err(failed)? {
-            let (id, record) = row.map_err(failed)?;
-            let record = LayerRecord::decode(record.value()).ok_or_else(|| damaged("the row of a layer"))?;
-            rows.insert(LayerId::from_bytes(id.value()), record);
-        }
-        Ok(rows)
+        self.database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let table = read.open_table(LAYERS).map_err(failed)?;
+            let mut rows = BTreeMap::new();
+            for row in table.iter().map_err(failed)? {
+                let (id, record) = row.map_err(failed)?;
+                let record = LayerRecord::decode(record.value()).ok_or_else(|| damaged("the row of a layer"))?;
+                rows.insert(LayerId::from_bytes(id.value()), record);
+            }
+            Ok(rows)
+        })
     }
 
     /// Files that are to be removed and may be there yet.
     pub(super) fn removals(&self) -> Result<Vec<String>, CloneError> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let table = read.open_table(REMOVALS).map_err(failed)?;
-        let mut names = Vec::new();
-        for row in table.iter().map_err(failed)? {
-            let name = row.map_err(failed)?.0.value().to_owned();
-            // A name that leads elsewhere would be a lie: nothing but our own files was ever put there.
-            if !is_ours(&name) || name.contains('/') {
-                return Err(damaged("a file to be removed that is none of the store's"));
+        self.database.with(|database| {
+            let read = database.begin_read().map_err(failed)?;
+            let table = read.open_table(REMOVALS).map_err(failed)?;
+            let mut names = Vec::new();
+            for row in table.iter().map_err(failed)? {
+                let name = row.map_err(failed)?.0.value().to_owned();
+                // A name that leads elsewhere would be a lie: nothing but our own files was ever put there.
+                if !is_ours(&name) || name.contains('/') {
+                    return Err(damaged("a file to be removed that is none of the store's"));
+                }
+                if !self.done.contains(&name) {
+                    names.push(name);
+                }
             }
-            if !self.done.contains(&name) {
-                names.push(name);
-            }
-        }
-        Ok(names)
+            Ok(names)
+        })
     }
 
     /// Makes a change, durably and as one.
     pub(super) fn apply(&mut self, change: &Change) -> Result<(), CloneError> {
-        let write = self.database.begin_write().map_err(failed)?;
-        {
-            let mut clones = write.open_table(CLONES).map_err(failed)?;
-            for (name, record) in &change.clones {
-                match record {
-                    Some(record) => clones.insert(name.as_str(), record.encode().as_slice()).map_err(failed)?,
-                    None => clones.remove(name.as_str()).map_err(failed)?,
-                };
-            }
-            let mut layers = write.open_table(LAYERS).map_err(failed)?;
-            for (id, record) in &change.layers {
-                match record {
-                    Some(record) => layers.insert(id.bytes(), record.encode().as_slice()).map_err(failed)?,
-                    None => layers.remove(id.bytes()).map_err(failed)?,
-                };
-            }
-            if !change.saved.is_empty() {
-                let mut meta = write.open_table(META).map_err(failed)?;
-                meta.insert("features", FEATURE_SAVED).map_err(failed)?;
-                let mut saved = write.open_table(SAVED).map_err(failed)?;
-                for (name, record) in &change.saved {
+        let done = &self.done;
+        self.database.with(|database| {
+            let write = database.begin_write().map_err(failed)?;
+            {
+                let mut clones = write.open_table(CLONES).map_err(failed)?;
+                for (name, record) in &change.clones {
                     match record {
-                        Some(record) => saved.insert(name.as_str(), record.encode().as_slice()).map_err(failed)?,
-                        None => saved.remove(name.as_str()).map_err(failed)?,
+                        Some(record) => clones.insert(name.as_str(), record.encode().as_slice()).map_err(failed)?,
+                        None => clones.remove(name.as_str()).map_err(failed)?,
                     };
                 }
+                let mut layers = write.open_table(LAYERS).map_err(failed)?;
+                for (id, record) in &change.layers {
+                    match record {
+                        Some(record) => layers.insert(id.bytes(), record.encode().as_slice()).map_err(failed)?,
+                        None => layers.remove(id.bytes()).map_err(failed)?,
+                    };
+                }
+                if !change.saved.is_empty() {
+                    let mut meta = write.open_table(META).map_err(failed)?;
+                    meta.insert("features", FEATURE_SAVED).map_err(failed)?;
+                    let mut saved = write.open_table(SAVED).map_err(failed)?;
+                    for (name, record) in &change.saved {
+                        match record {
+                            Some(record) => saved.insert(name.as_str(), record.encode().as_slice()).map_err(failed)?,
+                            None => saved.remove(name.as_str()).map_err(failed)?,
+                        };
+                    }
+                }
+                let mut removals = write.open_table(REMOVALS).map_err(failed)?;
+                for name in done {
+                    removals.remove(name.as_str()).map_err(failed)?;
+                }
+                for name in &change.removals {
+                    removals.insert(name.as_str(), ()).map_err(failed)?;
+                }
             }
-            let mut removals = write.open_table(REMOVALS).map_err(failed)?;
-            for name in &self.done {
-                removals.remove(name.as_str()).map_err(failed)?;
-            }
-            for name in &change.removals {
-                removals.insert(name.as_str(), ()).map_err(failed)?;
-            }
-        }
-        write.commit().map_err(failed)?;
+            write.commit().map_err(failed)
+        })?;
         self.done.clear();
         Ok(())
     }
@@ -299,12 +278,4 @@ impl Catalogue {
     pub(super) fn removed(&mut self, names: impl IntoIterator<Item = String>) {
         self.done.extend(names);
     }
-}
-
-fn database(medium: Arc<dyn Medium>) -> Result<Database, CloneError> {
-    Database::builder()
-        .set_cache_size(CACHE_BYTES)
-        .create_with_file_format_v3(true)
-        .create_with_backend(Backend(medium))
-        .map_err(failed)
 }

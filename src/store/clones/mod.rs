@@ -15,6 +15,7 @@
 mod catalogue;
 mod check;
 mod create;
+mod database;
 mod error;
 mod layers;
 mod list;
