@@ -37,7 +37,10 @@ pub(crate) trait AnyCut {
 
 /// [`Sealed`] without its type.
 pub(crate) trait AnySealed: Any + Source + fmt::Debug {
-    #[cfg_attr(not(any(feature = "imago", feature = "nbd", feature = "store")), expect(dead_code, reason = "whoever copies disks asks"))]
+    #[cfg_attr(
+        not(any(feature = "imago", feature = "nbd", feature = "store")),
+        expect(dead_code, reason = "whoever copies disks asks")
+    )]
     fn geometry(&self) -> Geometry;
     fn spawn(&self) -> Result<Box<dyn AnySpace>, SpaceError>;
     fn clone_mappings(&self) -> u64;
