@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::OnceLock;
 
 use offshoot::page::{ByteOffset, ByteSize};
-use offshoot::store::{CloneName, CloneStore, Folder, Job, Medium, Sharing, StoreOptions};
+use offshoot::store::{CloneName, CloneStore, Job, Medium, Sharing, StoreOptions};
 use offshoot::testing::ByteSource;
 use offshoot::testing::crash::Recorder;
 use redb::{Database, StorageBackend, TableDefinition};
