@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ pub(crate) struct ChildProcess {
 #[derive(Default)]
 struct End {
     said: Mutex<Vec<u8>>,
-    status: OnceLock<ExitStatus>,
+    status: Mutex<Option<ExitStatus>>,
 }
 
 impl ChildProcess {
@@ -99,7 +99,7 @@ impl ChildProcess {
 
     /// How it ended, once that is known.
     pub(crate) fn status(&self) -> Option<ExitStatus> {
-        self.end.status.get().copied()
+        *self.end.status.lock()
     }
 
     /// Kills it and waits until nothing of it is left: no mapping, no descriptor.
@@ -151,7 +151,7 @@ fn keep(command: Command, inherited: Vec<OwnedFd>, started: &mpsc::SyncSender<St
         tracing::warn!(pid = child.id(), %error, "what a child says is lost");
     }
     match child.wait() {
-        Ok(status) => drop(end.status.set(status)),
+        Ok(status) => *end.status.lock() = Some(status),
         Err(error) => tracing::error!(pid = child.id(), %error, "a child could not be waited for"),
     }
 }

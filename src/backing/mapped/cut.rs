@@ -15,6 +15,7 @@
 
 use std::mem::replace;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::RwLockWriteGuard;
 
@@ -198,6 +199,9 @@ fn copy_written(state: &State, written: &PageSet, below: Parts) -> Result<Parts,
     Ok(Parts { index, map })
 }
 
+/// From one millisecond on, each twice the last: half a second in all.
+const SEAL_PAUSES: u32 = 9;
+
 /// The old view, to be unmapped when nobody waits, and the layer whose last seal can be set only then.
 pub(super) struct OldView<V> {
     view: Option<V>,
@@ -214,13 +218,15 @@ impl<V> Drop for OldView<V> {
     fn drop(&mut self) {
         drop(self.view.take());
         let Some(layer) = self.layer.take() else { return };
-        match layer.file.finish_seal() {
-            Ok(FinalSeal::Applied) => {}
-            Ok(FinalSeal::StillMapped) => {
-                tracing::warn!("a layer is still mapped writable by somebody: drain pinned I/O before a fork");
+        // A process that another thread has just forked has the old view too, until it executes a program: it is waited for.
+        for pause in (0..SEAL_PAUSES).map(|doubled| Duration::from_millis(1 << doubled)) {
+            match layer.file.finish_seal() {
+                Ok(FinalSeal::Applied) => return,
+                Ok(FinalSeal::StillMapped) => std::thread::sleep(pause),
+                Err(error) => return tracing::warn!(%error, "a layer could not be sealed for good"),
             }
-            Err(error) => tracing::warn!(%error, "a layer could not be sealed for good"),
         }
+        tracing::warn!("a layer is still mapped writable by somebody: drain pinned I/O before a fork");
     }
 }
 
