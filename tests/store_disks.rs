@@ -400,6 +400,40 @@ fn many_queues_on_a_warm_overlay() {
     assert!(read_all(&temp.dir().open_disk(id, None).unwrap()).unwrap() == want);
 }
 
+/// Queues come upon the same page at once, each with a sector of it, some of them warm and some not: whoever is first, nobody's sector is lost.
+#[test]
+fn first_writes_of_a_page_by_many_queues_keep_each_other() {
+    const QUEUES: u64 = 4;
+    const PAGES: u64 = 256;
+    let first = Durable::create(&Tree::default(), geometry(PAGES), None).unwrap();
+    first.write(ByteOffset::ZERO, &vec![0xbb; (PAGES * PAGE) as usize]).unwrap();
+    let disk = cut(&first).spawn().unwrap();
+    for page in (0..PAGES).step_by(3) {
+        disk.write(ByteOffset::new(page * PAGE + 7 * 512), &[0xee; 512]).unwrap();
+    }
+    let together = std::sync::Barrier::new(QUEUES as usize);
+    std::thread::scope(|scope| {
+        for queue in 0..QUEUES {
+            let (disk, together) = (&disk, &together);
+            scope.spawn(move || {
+                for page in 0..PAGES - 1 {
+                    together.wait();
+                    // Over the end of the page, so that a write meets a warm one and a cold one.
+                    let at = if queue == 3 { page * PAGE + 7 * 512 + 256 } else { page * PAGE + 1024 + queue * 512 };
+                    disk.write(ByteOffset::new(at), &[queue as u8 + 1; 512]).unwrap();
+                }
+            });
+        }
+    });
+    let all = read_all(&disk).unwrap();
+    for page in 0..(PAGES - 1) as usize {
+        let page = &all[page * PAGE as usize..(page + 1) * PAGE as usize];
+        assert_eq!([1024, 1536, 2048, 4095].map(|at| page[at]), [1, 2, 3, 4]);
+        assert_eq!(page[512], 0xbb);
+    }
+    disk.validate().unwrap();
+}
+
 /// Write and discard the same pages for ever: the file holds what the disk does, and no more.
 #[cfg(target_os = "linux")]
 #[test]

@@ -12,7 +12,7 @@ use offshoot::backing::{Backing, Cut, Sealed};
 use offshoot::image::Source;
 use offshoot::page::ByteOffset;
 use offshoot::store::{DiskDir, DiskId, Durable, DurableImage, Job};
-use offshoot::testing::crash::Recorder;
+use offshoot::testing::crash::{Fault, Recorder};
 use offshoot::testing::{ByteSource, Dice};
 use offshoot::{Tree, TreeUsage};
 
@@ -185,6 +185,33 @@ fn a_page_written_again_is_not_punched() {
         assert!(read_all(&disk).unwrap() == want);
         disk.validate().unwrap();
     }
+}
+
+/// A punch that was refused waits for the next flush; a page that is written until then is taken out of it.
+#[test]
+fn a_page_written_while_its_punch_waits_is_not_punched() {
+    let mut waited = 0;
+    for n in 1..40 {
+        let recorder = Recorder::new();
+        let disk = DiskDir::over(recorder.folder(), &Tree::default()).create(geometry(64), None).unwrap();
+        disk.write(ByteOffset::ZERO, &[1; 4 * PAGE as usize]).unwrap();
+        disk.flush().unwrap();
+        disk.zero(pages(0, 4)).unwrap();
+        recorder.fail_nth(n, Fault::Io);
+        let flushed = disk.flush();
+        let calls = recorder.calls();
+        recorder.fail_nth(0, Fault::Io);
+        // Where a sync failed the disk takes no more.
+        if flushed.is_ok() && calls >= n {
+            waited += 1;
+            disk.write(ByteOffset::new(PAGE), &[2; 2 * PAGE as usize]).unwrap();
+            disk.flush().unwrap();
+            let all = read_all(&disk).unwrap();
+            let page = |page: usize| (all[page * PAGE as usize], all[(page + 1) * PAGE as usize - 1]);
+            assert_eq!([page(0), page(1), page(2), page(3)], [(0, 0), (2, 2), (2, 2), (0, 0)]);
+        }
+    }
+    assert!(waited > 0, "no punch was refused");
 }
 
 /// Guest data goes nowhere but to its own place: whatever is written and discarded, records and map change only when the disk is flushed.
